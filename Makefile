@@ -1,0 +1,47 @@
+# `make` prints what there is to do. Recipes name relative paths only: make cannot hold a path with a space in it.
+.PHONY: help setup lab book site notebooks test lint links requirements clean
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+unexport PYTHONPATH PYTHONHOME
+
+bin := .venv/bin
+export PYTHONUTF8 := 1
+export JUPYTER_PREFER_ENV_PATH := 1
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
+
+setup: ## Make .venv with everything that the book and the lab need
+	@sh env/setup.sh
+
+lab: setup ## Start the lab and open JupyterLab on the notebooks
+	@$(bin)/lab up
+	@eval "$$($(bin)/lab env)" && exec $(bin)/jupyter lab --notebook-dir=notebooks
+
+book: setup ## Execute every notebook on the lab and build the site into _build/html
+	@$(bin)/lab doctor --quick || { echo "Without a lab: make site builds the pages from the stored outputs."; exit 1; }
+	@$(bin)/lab up
+	@$(bin)/jupyter-book build . --all --quiet -W --keep-going
+
+site: setup ## Build the site from the stored outputs, without a lab
+	@BOOK_EXECUTE=off $(bin)/jupyter-book build . --all --quiet -W --keep-going
+
+notebooks: setup ## Execute the notebooks and store their outputs (ONLY=notebooks/… for one)
+	@$(bin)/lab up
+	@$(bin)/python -m lab.book $(ONLY)
+
+test: setup ## Run every test that can run here; the lab is started and stopped if need be
+	@$(bin)/pytest
+
+lint: setup ## Check code, notebooks, spelling and the site's links
+	@$(bin)/pytest tests/lint
+
+links: setup ## Check the links to other sites (needs the internet)
+	@BOOK_EXECUTE=off $(bin)/jupyter-book build . --all --quiet --builder linkcheck --path-output _build/links
+
+requirements: setup ## Write requirements.txt from requirements.in
+	@$(bin)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 \
+		--no-emit-index-url --no-emit-find-links requirements.in --output-file requirements.txt
+
+clean: ## Remove what was built; the lab and its cache stay (lab down --purge)
+	rm -rf _build .pytest_cache .ruff_cache

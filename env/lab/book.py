@@ -1,0 +1,251 @@
+"""The book's own part in its build: a Sphinx extension, and `python -m lab.book`, which stores outputs in the notebooks.
+
+The extension shows which notebook is being executed, writes the tables of the page "This build" from what was found and
+measured while building, and puts a banner on every page of a site that was built from stored outputs (`BOOK_EXECUTE=off`).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import psutil
+from docutils import nodes
+from myst_nb.sphinx_ import NbMetadataCollector
+from nbclient import NotebookClient
+from nbclient.exceptions import CellControlSignal, CellExecutionError, CellTimeoutError, DeadKernelError
+from sphinx.application import Sphinx
+from sphinx.config import Config
+from sphinx.environment import BuildEnvironment
+from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util.docutils import SphinxDirective
+
+from lab import settings
+from lab.report import Report
+
+CELL_LIMIT = 600
+"""Seconds that one cell may take; `_config.yml` says the same for a build."""
+
+
+def machine() -> dict[str, str]:
+    """What this machine is: the facts under a measurement, in the order in which they are shown."""
+    try:
+        system = platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        system = f"{platform.system()} {platform.mac_ver()[0] or platform.release()}".strip()
+    return {
+        "system": system,
+        "kernel": f"{platform.system()} {platform.release()}",
+        "processor": f"{platform.machine()}, {psutil.cpu_count()} cores",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "python": platform.python_version(),
+        "kubernetes": os.environ.get("LAB_CLUSTER") or settings.KUBERNETES,
+        "kafka": os.environ.get("LAB_BROKERS") or settings.KAFKA,
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with a word if files differ from it, or "not a Git checkout"."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty= and changes", "--exclude=*"],
+                               cwd=settings.CHECKOUT, capture_output=True, text=True, check=True)  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "not a Git checkout"
+    return found.stdout.strip()
+
+
+def stored_run(notebook: Path) -> dict[str, Any]:
+    """When, in how many seconds and on what machine the stored outputs of `notebook` were made; empty if it does not say."""
+    return nbformat.read(notebook, as_version=4).metadata.get("lab", {}).get("run", {})
+
+
+def long_date(iso: str) -> str:
+    """`2026-11-23` as `23 November 2026`."""
+    day = date.fromisoformat(iso)
+    return f"{day.day} {day:%B %Y}"
+
+
+def store(notebook: Path, report: Report) -> bool:
+    """Execute `notebook` in a fresh kernel and store its outputs in it.
+
+    Nothing is stored unless every cell ran. The notebook's metadata then says when, how long and on what machine.
+
+    Args:
+        notebook: Its path.
+        report: Told which cell is under way, and what failed.
+
+    Returns:
+        Whether every cell ran.
+    """
+    content = nbformat.read(notebook, as_version=4)
+    started = time.time()
+    try:
+        with report.step(str(notebook)) as step:
+            client = NotebookClient(
+                content,
+                timeout=CELL_LIMIT,
+                kernel_name=content.metadata.get("kernelspec", {}).get("name", "python3"),
+                record_timing=False,
+                resources={"metadata": {"path": str(notebook.parent)}},
+                on_cell_start=lambda cell, cell_index: step.progress(cell_index, len(content.cells), "cells"),
+            )
+            client.execute()
+    except (CellExecutionError, CellTimeoutError, CellControlSignal, DeadKernelError) as error:
+        report(f"{error}\n{notebook} was left as it was.")
+        return False
+    content.metadata.setdefault("lab", {})["run"] = {
+        "date": datetime.fromtimestamp(started, UTC).date().isoformat(),
+        "seconds": round(time.time() - started),
+        "machine": machine(),
+    }
+    draft = notebook.with_suffix(".new")
+    nbformat.write(content, draft)
+    draft.replace(notebook)
+    return True
+
+
+def main() -> int:
+    """Store outputs in the notebooks that are named, or in all; the number of failures is the exit status."""
+    report = Report()
+    chosen = [Path(name) for name in sys.argv[1:]] or sorted(Path("notebooks").rglob("[!.]*.ipynb"))
+    if missing := [str(path) for path in chosen if not path.is_file()]:
+        report(f"There is no {', '.join(missing)}.")
+        return 2
+    return sum([not store(path, report) for path in chosen])
+
+
+class Placeholder(nodes.General, nodes.Element):
+    """Stands in the page "This build" for a table that can only be written when every notebook was executed."""
+
+
+class ThisBuild(SphinxDirective):
+    """`{this-build} machine` or `{this-build} notebooks`: a table of facts about the build under way."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Leave a placeholder."""
+        return [Placeholder(table=self.arguments[0])]
+
+
+class FillIn(SphinxPostTransform):
+    """Puts the tables in."""
+
+    default_priority = 8
+
+    def run(self, **kwargs: Any) -> None:
+        """Replace each placeholder with its table."""
+        tables = {"machine": build_table, "notebooks": notebook_table}
+        for placeholder in list(self.document.findall(Placeholder)):
+            placeholder.replace_self(table(*tables[placeholder["table"]](self.env)))
+
+
+def build_table(env: BuildEnvironment) -> tuple[list[str], list[list[str | nodes.Node]]]:
+    """The machine and the moment of this build."""
+    facts = machine() if executing(env.config) else {key: value for key, value in machine().items() if key not in ("kubernetes", "kafka")}
+    rows = [["Built", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"], ["Commit", commit()]]
+    return ["", "This build"], [*rows, *([key.capitalize(), value] for key, value in facts.items())]
+
+
+def notebook_table(env: BuildEnvironment) -> tuple[list[str], list[list[str | nodes.Node]]]:
+    """Each notebook: executed in this build and for how long, or when its stored outputs were made and on what."""
+    rows: list[list[str | nodes.Node]] = []
+    for name in sorted(name for name in env.found_docs if env.doc2path(name).endswith(".ipynb")):
+        title = nodes.reference("", env.titles[name].astext(), internal=True, refuri=env.app.builder.get_relative_uri("book/this-build", name))
+        if executing(env.config):
+            run = NbMetadataCollector.get_doc_data(env)[name].get("exec_data") or {}
+            when = f"{datetime.fromtimestamp(run['mtime'], UTC):%Y-%m-%d %H:%M} UTC" if run else "not executed"
+            rows.append([title, when, f"{run['runtime']:.0f} s" if run.get("succeeded") else "failed", "this one"])
+        else:
+            run = stored_run(Path(env.doc2path(name)))
+            where = ", ".join(run["machine"].values()) if run else ""
+            rows.append([title, long_date(run["date"]) if run else "unknown", f"{run['seconds']} s" if run else "", where])
+    return ["Notebook", "Executed", "Run time", "Machine"], rows
+
+
+def table(head: list[str], rows: list[list[str | nodes.Node]]) -> nodes.table:
+    """A docutils table with one header row."""
+
+    def row(cells: list[str | nodes.Node]) -> nodes.row:
+        paragraphs = [nodes.paragraph("", "", nodes.Text(cell) if isinstance(cell, str) else cell) for cell in cells]
+        return nodes.row("", *(nodes.entry("", paragraph) for paragraph in paragraphs))
+
+    group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in head), cols=len(head))
+    group += [nodes.thead("", row(list(head))), nodes.tbody("", *(row(cells) for cells in rows))]
+    return nodes.table("", group, classes=["colwidths-auto"])
+
+
+def executing(config: Config) -> bool:
+    """Whether this build executes the notebooks."""
+    return config.nb_execution_mode != "off"
+
+
+class Progress:
+    """One line per notebook while Sphinx reads and executes it."""
+
+    def __init__(self) -> None:
+        self.report = Report()
+        self.open = ExitStack()
+
+    def begin(self, app: Sphinx, name: str, content: list[str]) -> None:
+        """Open the line of the notebook that Sphinx is about to execute; handler of `source-read`."""
+        path = Path(app.env.doc2path(name))
+        if path.suffix == ".ipynb" and executing(app.config):
+            run = stored_run(path)
+            self.open.enter_context(self.report.step(f"{name} ({run['seconds']} s the last time)" if run else name))
+
+    def end(self, app: Sphinx, doctree: nodes.document) -> None:
+        """Close that line; handler of `doctree-read`."""
+        run = NbMetadataCollector.get_doc_data(app.env)[app.env.docname].get("exec_data")
+        if run and not run["succeeded"]:
+            self.report(f"{run['traceback']}")
+        self.open.close()
+
+    def site(self, app: Sphinx, error: Exception | None) -> None:
+        """Say where the page is; handler of `build-finished`."""
+        self.open.close()
+        if not error and app.builder.name == "html" and not app.statuscode:
+            self.report(f"The book: {Path(app.outdir, 'index.html').as_uri()}")
+
+
+def choose_execution(app: Sphinx, config: Config) -> None:
+    """Take `BOOK_EXECUTE` over what `_config.yml` says; handler of `config-inited`."""
+    config.nb_execution_mode = os.environ.get("BOOK_EXECUTE", config.nb_execution_mode)
+
+
+def add_banner(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
+    """Say on each page of a site that executed nothing where its outputs come from; handler of `html-page-context`."""
+    if executing(app.config):
+        return
+    paths = [Path(app.env.doc2path(name)) for name in ([page] if page in app.env.found_docs else [])]
+    if not any(path.suffix == ".ipynb" for path in paths):
+        paths = [Path(app.env.doc2path(name)) for name in app.env.found_docs]
+    days = sorted({run["date"] for path in paths if path.suffix == ".ipynb" and (run := stored_run(path))})
+    when = " to ".join(long_date(day) for day in dict.fromkeys([days[0], days[-1]])) if days else "an unknown date"
+    context["theme_announcement"] = f"Built from stored outputs of {when}, not executed in this build."
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the extension with Sphinx (https://www.sphinx-doc.org/en/master/extdev/)."""
+    progress = Progress()
+    app.add_node(Placeholder)
+    app.add_directive("this-build", ThisBuild)
+    app.add_post_transform(FillIn)
+    app.connect("config-inited", choose_execution, priority=0)
+    app.connect("source-read", progress.begin)
+    app.connect("doctree-read", progress.end)
+    app.connect("build-finished", progress.site)
+    app.connect("html-page-context", add_banner, priority=900)
+    return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
