@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from kafka import KafkaAdminClient
-
 from lab import brokers, settings
 from lab.errors import BuildFailed, Unhealthy
 from lab.supervise import Supervisor
@@ -88,7 +87,7 @@ def test_a_format_that_was_interrupted_is_done_again(tmp_path):
 
 def test_nobody_answers(other_ports):
     assert brokers.standing() == {}
-    with pytest.raises(Unhealthy, match="127.0.0.1:39092"):
+    with pytest.raises(Unhealthy, match=r"127\.0\.0\.1:39092"):
         brokers.wait_ready(0.1)
 
 
