@@ -65,6 +65,8 @@ uv="env -u VIRTUAL_ENV .venv/bin/uv pip"
 $uv sync --quiet --python .venv/bin/python requirements.txt &&
     $uv install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable env ||
     die "The packages could not be installed: is the package index reachable?"
+mkdir -p .venv/etc/ipython # A kernel would say on every start that it talks over loopback without encryption.
+echo '{"IPKernelApp": {"log_level": "ERROR"}}' >.venv/etc/ipython/ipython_kernel_config.json
 stamp >.venv/made.new
 mv .venv/made.new .venv/.made
 say ".venv made in $(($(date +%s) - start)) s."

@@ -1,13 +1,14 @@
-"""The book's own part in its build: a Sphinx extension, and `python -m lab.book`, which stores outputs in the notebooks.
+"""The book: `python -m lab.book build` and `… store`, and the Sphinx extension that the build loads.
 
 The extension shows which notebook is being executed, writes the tables of the page "This build" from what was found and
-measured while building, and puts a banner on every page of a site that was built from stored outputs (`BOOK_EXECUTE=off`).
+measured while building, and puts a banner on every page of a site that was built from stored outputs.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -16,9 +17,12 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
+import click
 import nbformat
 import psutil
 from docutils import nodes
+from fontTools import subset
+from jupyter_book.sphinx import build_sphinx
 from myst_nb.sphinx_ import NbMetadataCollector
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, CellExecutionError, CellTimeoutError, DeadKernelError
@@ -26,6 +30,7 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
 from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util.console import nocolor
 from sphinx.util.docutils import SphinxDirective
 
 from lab import settings
@@ -112,14 +117,49 @@ def store(notebook: Path, report: Report) -> bool:
     return True
 
 
-def main() -> int:
-    """Store outputs in the notebooks that are named, or in all; the number of failures is the exit status."""
+@click.group()
+def main() -> None:
+    """Build the book, or store outputs in its notebooks."""
+
+
+@main.command()
+@click.option("--stored", is_flag=True, help="Execute nothing: take the outputs that are stored in the notebooks.")
+@click.option("--builder", default="html", show_default=True, help="A Sphinx builder: html, linkcheck …")
+@click.option("--into", default="_build", show_default=True, help="The folder for what is built.")
+def build(stored: bool, builder: str, into: str) -> None:
+    """Execute every notebook and build the site with Jupyter Book; a warning is an error, after everything was built."""
+    if not sys.stderr.isatty():
+        nocolor()
+    source = settings.CHECKOUT
+    overrides = {"external_toc_path": str(source / "_toc.yml"), "latex_individualpages": False}
+    if stored:
+        overrides["nb_execution_mode"] = "off"
+    status = build_sphinx(
+        source,
+        Path(into, builder).absolute(),
+        noconfig=True,
+        path_config=source / "_config.yml",
+        confoverrides=overrides,
+        builder=builder,
+        freshenv=True,
+        quiet=True,
+        warningiserror=True,
+        keep_going=True,
+    )
+    if status:
+        sys.exit("The build failed: the causes are above.")
+    if builder == "html":
+        Report()(f"The book: {Path(into, builder, 'index.html').absolute().as_uri()}")
+
+
+@main.command("store")
+@click.argument("notebooks", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def store_all(notebooks: tuple[Path, ...]) -> None:
+    """Execute NOTEBOOKS, or all of them, and store their outputs in them."""
     report = Report()
-    chosen = [Path(name) for name in sys.argv[1:]] or sorted(Path("notebooks").rglob("[!.]*.ipynb"))
-    if missing := [str(path) for path in chosen if not path.is_file()]:
-        report(f"There is no {', '.join(missing)}.")
-        return 2
-    return sum([not store(path, report) for path in chosen])
+    failed = [path for path in notebooks or sorted(Path("notebooks").rglob("[!.]*.ipynb")) if not store(path, report)]
+    if failed:
+        sys.exit(f"{len(failed)} failed: {', '.join(map(str, failed))}")
 
 
 class Placeholder(nodes.General, nodes.Element):
@@ -209,16 +249,10 @@ class Progress:
             self.report(f"{run['traceback']}")
         self.open.close()
 
-    def site(self, app: Sphinx, error: Exception | None) -> None:
-        """Say where the page is; handler of `build-finished`."""
-        self.open.close()
-        if not error and app.builder.name == "html" and not app.statuscode:
-            self.report(f"The book: {Path(app.outdir, 'index.html').as_uri()}")
 
-
-def choose_execution(app: Sphinx, config: Config) -> None:
-    """Take `BOOK_EXECUTE` over what `_config.yml` says; handler of `config-inited`."""
-    config.nb_execution_mode = os.environ.get("BOOK_EXECUTE", config.nb_execution_mode)
+def add_versions(app: Sphinx, config: Config) -> None:
+    """Let pages say `{{ kubernetes }}` and `{{ kafka }}`; handler of `config-inited`."""
+    config.myst_substitutions = {**config.myst_substitutions, "kubernetes": settings.KUBERNETES, "kafka": settings.KAFKA}
 
 
 def add_banner(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
@@ -233,19 +267,40 @@ def add_banner(app: Sphinx, page: str, template: str, context: dict[str, Any], d
     context["theme_announcement"] = f"Built from stored outputs of {when}, not executed in this build."
 
 
+def slim_icons(app: Sphinx, error: Exception | None) -> None:
+    """Keep of the theme's icon font only what the pages show: 3 KB instead of 156; handler of `build-finished`."""
+    static = Path(app.outdir, "_static")
+    font = static / "vendor/fontawesome/webfonts/fa-solid-900.woff2"
+    if error or not font.is_file():
+        return
+    style = (static / "styles/pydata-sphinx-theme.css").read_text()
+    pages = "".join(path.read_text() for path in [*Path(app.outdir).rglob("*.html"), *static.glob("scripts/*.js")])
+    names = set(re.findall(r"\bfa-[a-z0-9-]+", pages))
+    shown = [code for selectors, code in re.findall(r'([^{}]+)\{(?:--fa|content):"\\([0-9a-f]+)"', style)
+             if names & set(re.findall(r"\.(fa-[a-z0-9-]+)", selectors))]  # fmt: skip
+    shown += re.findall(r'--pst-[a-z-]+:\s*"\\([0-9a-f]+)"', style)
+    options = subset.Options(flavor="woff2")
+    content = subset.load_font(font, options)
+    subsetter = subset.Subsetter(options)
+    subsetter.populate(unicodes=[int(code, 16) for code in shown])
+    subsetter.subset(content)
+    subset.save_font(content, font, options)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension with Sphinx (https://www.sphinx-doc.org/en/master/extdev/)."""
     progress = Progress()
     app.add_node(Placeholder)
     app.add_directive("this-build", ThisBuild)
     app.add_post_transform(FillIn)
-    app.connect("config-inited", choose_execution, priority=0)
+    app.connect("config-inited", add_versions)
     app.connect("source-read", progress.begin)
     app.connect("doctree-read", progress.end)
-    app.connect("build-finished", progress.site)
+    app.connect("build-finished", lambda app, error: progress.open.close())
+    app.connect("build-finished", slim_icons)
     app.connect("html-page-context", add_banner, priority=900)
     return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

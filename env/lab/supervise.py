@@ -80,10 +80,16 @@ class Supervisor:
 
     folder: Path
 
-    def write(self, programs: Iterable[Program], owner: tuple[int, int]) -> None:
-        """Write the configuration for `programs`; `owner` (uid, gid) may open the control socket."""
+    def write(self, programs: Iterable[Program], owner: tuple[int, int], seen_as: Path | None = None) -> None:
+        """Write the configuration for `programs`.
+
+        Args:
+            programs: What to keep running.
+            owner: The user and group id that may open the control socket.
+            seen_as: Where the folder lies for a supervisord that has a root file system of its own.
+        """
         (self.folder / "log").mkdir(parents=True, exist_ok=True)
-        (self.folder / "supervisord.conf").write_text(configuration(self.folder, programs, owner))
+        (self.folder / "supervisord.conf").write_text(configuration(seen_as or self.folder, programs, owner))
 
     @property
     def command(self) -> tuple[str, ...]:

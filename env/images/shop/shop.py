@@ -1,0 +1,111 @@
+"""The shop: answers each request with its version and the Pod that served it.
+
+Variables that a manifest may set:
+  WARM_UP       seconds before it listens, as a program that loads its catalogue does (default 0)
+  WORK          seconds that a request takes (default 0.02)
+  ON_SIGTERM    "exit" ends at once, as a program without a handler does where it isn't PID 1 (default);
+                "drain" answers what is under way, asks clients to reconnect elsewhere, then ends
+  DRAIN         seconds that draining may take at most (default 8)
+  PORT          where it listens (default 8080)
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+VERSION = os.environ.get("VERSION", "dev")
+POD = os.environ.get("POD_NAME") or socket.gethostname()
+WORK = float(os.environ.get("WORK", "0.02"))
+draining = threading.Event()
+
+
+class Shop(BaseHTTPRequestHandler):
+    """GET / buys something; GET /ready says whether to send customers here."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self):
+        """Answer one request."""
+        if self.path != "/ready":
+            time.sleep(WORK)
+        body = json.dumps({"version": VERSION, "pod": POD}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if draining.is_set():
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        """Stay silent: a line per request is the client's to keep."""
+
+
+class Server(ThreadingHTTPServer):
+    """Counts its open connections, so that draining knows when it is done."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, *arguments):
+        self.open = 0
+        self.changed = threading.Condition()
+        super().__init__(*arguments)
+
+    def process_request_thread(self, request, client_address):
+        """Serve one connection in its thread."""
+        with self.changed:
+            self.open += 1
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self.changed:
+                self.open -= 1
+                self.changed.notify_all()
+
+    def handle_error(self, request, client_address):
+        """A client that hangs up is no error of the shop's."""
+        if not isinstance(sys.exception() if hasattr(sys, "exception") else sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+def note_sigterm():
+    """Leave the time of the SIGTERM where the kubelet puts it into the Pod's status."""
+    try:
+        with open("/dev/termination-log", "w") as file:
+            json.dump({"sigterm": time.time()}, file)
+    except OSError:
+        pass
+
+
+def main():
+    """Warm up, listen, and end as ON_SIGTERM says."""
+    ended = threading.Event()
+
+    def on_sigterm(*_):
+        note_sigterm()
+        if os.environ.get("ON_SIGTERM", "exit") == "exit":
+            os._exit(143)
+        draining.set()
+        ended.set()
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    time.sleep(float(os.environ.get("WARM_UP", "0")))
+    server = Server(("", int(os.environ.get("PORT", "8080"))), Shop)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    print(f"shop {VERSION} listens", flush=True)
+    ended.wait()
+    with server.changed:
+        server.changed.wait_for(lambda: server.open == 0, timeout=float(os.environ.get("DRAIN", "8")))
+    server.shutdown()
+    print(f"shop {VERSION} ends with {server.open} connections open", flush=True)
+
+
+if __name__ == "__main__":
+    main()

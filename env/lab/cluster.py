@@ -1,0 +1,269 @@
+"""The embedded Kubernetes: a control-plane machine and worker machines, each component configured as its documentation says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from lab import images, network, pki, settings
+from lab.errors import Unhealthy
+from lab.machine import Machine
+from lab.supervise import Program
+
+CONTROL_PLANE = "control-plane"
+MANIFESTS = settings.ENV / "cluster" / "manifests.yaml"
+API_PORT = 6443
+BIN = "/opt/bin"
+
+
+def node_names(count: int) -> list[str]:
+    """The names of the worker nodes."""
+    return [f"node-{number}" for number in range(1, count + 1)]
+
+
+def machines(state: Path, subnet: str, nodes: list[str]) -> list[Machine]:
+    """The control plane and the nodes, with their addresses."""
+    found = [Machine(CONTROL_PLANE, network.address(subnet, 2), state / CONTROL_PLANE)]
+    found += [Machine(name, network.address(subnet, 10 + number), state / name) for number, name in enumerate(nodes, 1)]
+    return found
+
+
+def pod_subnets(nodes: list[str]) -> dict[str, str]:
+    """The Pod subnet of each node."""
+    prefix = settings.POD_CIDR.rsplit(".", 2)[0]
+    return {name: f"{prefix}.{number}.0/24" for number, name in enumerate(nodes, 1)}
+
+
+def server(subnet: str) -> str:
+    """The API server's URL."""
+    return f"https://{network.address(subnet, 2)}:{API_PORT}"
+
+
+def install(state: Path, subnet: str, nodes: list[str], owner: tuple[int, int]) -> None:
+    """Make all certificates and write every component's configuration.
+
+    Args:
+        state: The lab's state folder.
+        subnet: The bridge's subnet.
+        nodes: The names of the worker nodes.
+        owner: The user and group id that the kubeconfig belongs to.
+    """
+    control_plane, *workers = machines(state, subnet, nodes)
+    ca, etcd_ca, front_proxy_ca = pki.Authority("kubernetes-ca"), pki.Authority("etcd-ca"), pki.Authority("kubernetes-front-proxy-ca")
+    url = server(subnet)
+
+    def kubeconfig(user: str, group: str = "") -> str:
+        return pki.kubeconfig(url, ca, user, ca.issue(user, group))
+
+    folder = control_plane.etc / "kubernetes"
+    folder.joinpath("pki", "etcd").mkdir(parents=True, exist_ok=True)
+    for name, authority in (("ca", ca), ("etcd/ca", etcd_ca), ("front-proxy-ca", front_proxy_ca)):
+        folder.joinpath("pki", f"{name}.crt").write_bytes(authority.certificate)
+    names = ("kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local")
+    ca.issue("kube-apiserver", server=(*names, network.address(settings.SERVICE_CIDR, 1), control_plane.address)).write(folder / "pki", "apiserver")
+    ca.issue("kube-apiserver-kubelet-client").write(folder / "pki", "apiserver-kubelet-client")
+    etcd_ca.issue("kube-apiserver-etcd-client").write(folder / "pki", "apiserver-etcd-client")
+    etcd_ca.issue("etcd", server=("localhost", "127.0.0.1")).write(folder / "pki" / "etcd", "server")
+    front_proxy_ca.issue("front-proxy-client").write(folder / "pki", "front-proxy-client")
+    private, public = pki.service_account_key()
+    pki.write_private(folder / "pki" / "sa.key", private)
+    folder.joinpath("pki", "sa.pub").write_bytes(public)
+    pki.write_private(folder / "controller-manager.conf", kubeconfig("system:kube-controller-manager"))
+    pki.write_private(folder / "scheduler.conf", kubeconfig("system:kube-scheduler"))
+    pki.write_private(state / "kubeconfig", kubeconfig("admin", "system:masters"), owner)
+    control_plane.install(_control_plane_programs(control_plane), owner)
+
+    for worker in workers:
+        folder = worker.etc / "kubernetes"
+        folder.joinpath("pki").mkdir(parents=True, exist_ok=True)
+        folder.joinpath("pki", "ca.crt").write_bytes(ca.certificate)
+        ca.issue(f"system:node:{worker.name}", "system:nodes", server=(worker.name, worker.address), client=False).write(folder / "pki", "kubelet")
+        pki.write_private(folder / "kubelet.conf", kubeconfig(f"system:node:{worker.name}", "system:nodes"))
+        pki.write_private(folder / "kube-proxy.conf", kubeconfig("system:kube-proxy"))
+        _write(folder / "kubelet.yaml", yaml.safe_dump(_kubelet(worker)))
+        _write(folder / "kube-proxy.yaml", yaml.safe_dump(_kube_proxy(worker)))
+        _write(worker.etc / "cni" / "net.d" / "10-lab.conflist", json.dumps(_cni(pod_subnets(nodes)[worker.name]), indent=2))
+        _write(worker.etc / "containerd" / "config.toml", CONTAINERD)
+        _write(worker.etc / "nftables.conf", MASQUERADE)
+        worker.install(_node_programs(worker), owner)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _flags(program: str, **flags: str) -> tuple[str, ...]:
+    return (f"{BIN}/{program}", *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items()))
+
+
+def _control_plane_programs(machine: Machine) -> list[Program]:
+    pki_folder = "/etc/kubernetes/pki"
+    etcd = _flags(
+        "etcd", name=machine.name, data_dir="/var/lib/etcd", log_level="warn", unsafe_no_fsync="true",
+        listen_client_urls="https://127.0.0.1:2379", advertise_client_urls="https://127.0.0.1:2379",
+        listen_peer_urls="http://127.0.0.1:2380", initial_advertise_peer_urls="http://127.0.0.1:2380", initial_cluster=f"{machine.name}=http://127.0.0.1:2380",
+        client_cert_auth="true", trusted_ca_file=f"{pki_folder}/etcd/ca.crt", cert_file=f"{pki_folder}/etcd/server.crt", key_file=f"{pki_folder}/etcd/server.key",
+    )  # fmt: skip
+    apiserver = _flags(
+        "kube-apiserver", advertise_address=machine.address, bind_address=machine.address, secure_port=str(API_PORT), allow_privileged="true",
+        authorization_mode="Node,RBAC", enable_admission_plugins="NodeRestriction", anonymous_auth="false", profiling="false",
+        client_ca_file=f"{pki_folder}/ca.crt", tls_cert_file=f"{pki_folder}/apiserver.crt", tls_private_key_file=f"{pki_folder}/apiserver.key",
+        etcd_servers="https://127.0.0.1:2379", etcd_cafile=f"{pki_folder}/etcd/ca.crt",
+        etcd_certfile=f"{pki_folder}/apiserver-etcd-client.crt", etcd_keyfile=f"{pki_folder}/apiserver-etcd-client.key",
+        kubelet_certificate_authority=f"{pki_folder}/ca.crt", kubelet_client_certificate=f"{pki_folder}/apiserver-kubelet-client.crt",
+        kubelet_client_key=f"{pki_folder}/apiserver-kubelet-client.key", kubelet_preferred_address_types="InternalIP",
+        requestheader_client_ca_file=f"{pki_folder}/front-proxy-ca.crt", requestheader_allowed_names="front-proxy-client",
+        requestheader_extra_headers_prefix="X-Remote-Extra-", requestheader_group_headers="X-Remote-Group", requestheader_username_headers="X-Remote-User",
+        proxy_client_cert_file=f"{pki_folder}/front-proxy-client.crt", proxy_client_key_file=f"{pki_folder}/front-proxy-client.key",
+        enable_aggregator_routing="true", service_cluster_ip_range=settings.SERVICE_CIDR,
+        service_account_issuer="https://kubernetes.default.svc.cluster.local", service_account_key_file=f"{pki_folder}/sa.pub",
+        service_account_signing_key_file=f"{pki_folder}/sa.key",
+    )  # fmt: skip
+    controller_manager = _flags(
+        "kube-controller-manager", kubeconfig="/etc/kubernetes/controller-manager.conf", bind_address="127.0.0.1", leader_elect="false", profiling="false",
+        use_service_account_credentials="true", service_account_private_key_file=f"{pki_folder}/sa.key", root_ca_file=f"{pki_folder}/ca.crt",
+        cluster_cidr=settings.POD_CIDR, allocate_node_cidrs="false",
+    )  # fmt: skip
+    scheduler = _flags("kube-scheduler", kubeconfig="/etc/kubernetes/scheduler.conf", bind_address="127.0.0.1", leader_elect="false", profiling="false")
+    return [
+        Program("etcd", etcd, priority=1),
+        Program("kube-apiserver", apiserver, priority=2),
+        Program("kube-controller-manager", controller_manager, priority=3),
+        Program("kube-scheduler", scheduler, priority=3),
+    ]
+
+
+def _node_programs(machine: Machine) -> list[Program]:
+    return [
+        Program("containerd", _flags("containerd", config="/etc/containerd/config.toml"), priority=1),
+        Program("kubelet", _flags("kubelet", kubeconfig="/etc/kubernetes/kubelet.conf", config="/etc/kubernetes/kubelet.yaml",
+                                  hostname_override=machine.name, node_ip=machine.address), priority=2),
+        Program("kube-proxy", _flags("kube-proxy", config="/etc/kubernetes/kube-proxy.yaml"), priority=3),
+    ]  # fmt: skip
+
+
+def _kubelet(machine: Machine) -> dict:
+    return {
+        "apiVersion": "kubelet.config.k8s.io/v1beta1",
+        "kind": "KubeletConfiguration",
+        "address": machine.address,
+        "authentication": {"anonymous": {"enabled": False}, "webhook": {"enabled": True}, "x509": {"clientCAFile": "/etc/kubernetes/pki/ca.crt"}},
+        "authorization": {"mode": "Webhook"},
+        "tlsCertFile": "/etc/kubernetes/pki/kubelet.crt",
+        "tlsPrivateKeyFile": "/etc/kubernetes/pki/kubelet.key",
+        "healthzBindAddress": "127.0.0.1",
+        "cgroupDriver": "cgroupfs",
+        "cgroupRoot": f"/by-experiment/{machine.name}",
+        "failCgroupV1": False,
+        "failSwapOn": False,
+        "enforceNodeAllocatable": ["pods"],
+        "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
+        "clusterDNS": [settings.DNS_ADDRESS],
+        "clusterDomain": "cluster.local",
+        "resolvConf": "/etc/resolv.conf",
+        "podLogsDir": "/var/log/pods",
+        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "0%", "imagefs.available": "0%"},
+        "imageGCHighThresholdPercent": 100,
+    }
+
+
+def _kube_proxy(machine: Machine) -> dict:
+    return {
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+        "kind": "KubeProxyConfiguration",
+        "clientConnection": {"kubeconfig": "/etc/kubernetes/kube-proxy.conf"},
+        "hostnameOverride": machine.name,
+        "mode": "nftables",
+        "clusterCIDR": settings.POD_CIDR,
+        "conntrack": {"maxPerCore": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
+        "healthzBindAddress": "127.0.0.1:10256",
+        "metricsBindAddress": "127.0.0.1:10249",
+    }
+
+
+def _cni(subnet: str) -> dict:
+    ranges = [[{"subnet": subnet}]]
+    return {
+        "cniVersion": "1.0.0",
+        "name": "lab",
+        "plugins": [
+            {"type": "bridge", "bridge": "cni0", "isGateway": True, "hairpinMode": True,
+             "ipam": {"type": "host-local", "ranges": ranges, "routes": [{"dst": "0.0.0.0/0"}]}},
+            {"type": "portmap", "backend": "nftables", "capabilities": {"portMappings": True}},
+        ],
+    }  # fmt: skip
+
+
+CONTAINERD = f"""version = 3
+disabled_plugins = [
+  "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper",
+  "io.containerd.snapshotter.v1.erofs", "io.containerd.differ.v1.erofs", "io.containerd.nri.v1.nri",
+]
+
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "{images.PAUSE}"
+
+[plugins."io.containerd.cri.v1.runtime"]
+  restrict_oom_score_adj = true
+
+[plugins."io.containerd.cri.v1.runtime".cni]
+  bin_dirs = ["{BIN}"]
+  conf_dir = "/etc/cni/net.d"
+
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"
+
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
+  SystemdCgroup = false
+"""
+
+MASQUERADE = f"""# What leaves the Pods' network leaves as the node, as on any cluster whose Pod addresses are its own.
+table ip lab {{
+  chain postrouting {{
+    type nat hook postrouting priority srcnat + 10;
+    ip saddr {settings.POD_CIDR} ip daddr != {settings.POD_CIDR} masquerade
+  }}
+}}
+"""
+
+
+def import_images(pid: int, archive: Path) -> None:
+    """Import an archive into the containerd of the machine whose PID 1 is `pid`, once containerd answers.
+
+    Raises:
+        Unhealthy: containerd refused it.
+    """
+    enter = ("nsenter", "--target", str(pid), "--mount", "--pid", "--net", "--uts", "--ipc")
+    script = (
+        f"n=0; until {BIN}/ctr version >/dev/null 2>&1; do n=$((n+1)); [ $n -gt 300 ] && exit 9; sleep 0.1; done; "
+        f"exec {BIN}/ctr --namespace k8s.io images import --all-platforms - >/dev/null"
+    )
+    with archive.open("rb") as file:
+        done = subprocess.run([*enter, "/bin/sh", "-c", script], stdin=file, capture_output=True, text=True)
+    if done.returncode:
+        raise Unhealthy(f"containerd did not take the images of {archive.name}: {done.stderr.strip()[-200:] or 'it does not answer'}.", "See `lab logs containerd`.")
+
+
+def kubectl(binaries: Path, kubeconfig: str | Path, *arguments: str, stdin: str | None = None, timeout: float = 30) -> subprocess.CompletedProcess:
+    """Run kubectl and capture what it says."""
+    return subprocess.run([str(binaries / "kubectl"), f"--kubeconfig={kubeconfig}", *arguments], input=stdin, capture_output=True, text=True, timeout=timeout)
+
+
+def apply_manifests(run: Callable[..., subprocess.CompletedProcess]) -> None:
+    """Apply the cluster's own manifests: CoreDNS, and the API server's right to talk to kubelets.
+
+    Args:
+        run: `kubectl` bound to the cluster.
+
+    Raises:
+        Unhealthy: The API server refused one.
+    """
+    text = MANIFESTS.read_text().replace("$COREDNS", images.COREDNS).replace("$DNS_ADDRESS", settings.DNS_ADDRESS)
+    done = run("apply", "--server-side", "--force-conflicts", "--validate=false", "-f", "-", stdin=text)
+    if done.returncode:
+        raise Unhealthy(f"The cluster did not take its own manifests: {done.stderr.strip()[-300:]}.", "See `lab logs kube-apiserver`.")

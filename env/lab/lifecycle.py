@@ -1,0 +1,358 @@
+"""Bringing the lab up and taking it down, so that any interruption is mended by the next command."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from filelock import FileLock
+
+from lab import binaries, brokers, cluster, host, images, machine, network, settings
+from lab.errors import LabError, NotRunning, Occupied, Unhealthy
+from lab.report import Report
+from lab.settings import Lab
+from lab.supervise import Supervisor
+
+MARK = "BY_EXPERIMENT_STATE"
+"""Every process that the lab starts on the host carries this variable; its value is the state folder."""
+STAYS_PUT = "installed"
+"""A file in the state folder: everything in it was written whole."""
+
+
+@contextmanager
+def exclusive(report: Report) -> Iterator[None]:
+    """Hold the machine's (or the user's) one right to start or stop a lab; wait for whoever has it.
+
+    The lock is on a folder that is always there, so that it leaves no file behind.
+    """
+    place = settings.state().parent
+    place.mkdir(parents=True, exist_ok=True)
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("Another `lab` command is at work on this machine; waiting for it.")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def supervisor(state: Path) -> Supervisor:
+    """The host's supervisord: its programs are the machines and the brokers."""
+    return Supervisor(state / "host")
+
+
+def processes(state: Path | None = None) -> list[psutil.Process]:
+    """The processes on the host that a lab started: that of `state`, or of any."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            value = process.environ().get(MARK)
+        except (psutil.Error, OSError):
+            continue
+        if value and (state is None or value == str(state)):
+            found.append(process)
+    return found
+
+
+def prepare(report: Report, *, with_cluster: bool, with_brokers: bool) -> None:
+    """Build, fetch and write all that the lab runs; needs no root but for apt. What is there is left alone.
+
+    The Go build burns the processors while the jars wait on the network, so both run at once.
+
+    Raises:
+        LabError: Something could not be had.
+    """
+    settings.cache().mkdir(parents=True, exist_ok=True)
+    if with_cluster:
+        host.install_programs(report)
+
+    def kafka() -> None:
+        with FileLock(settings.cache() / "kafka.lock"), report.step(f"Kafka {settings.KAFKA}: jars and start-up cache"):
+            brokers.prepare()
+
+    def kubernetes() -> None:
+        binaries.build(report)
+        images.system_archive(report)
+
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(kubernetes)] if with_cluster else []
+        jobs += [pool.submit(images.demo_archive, report)] if with_cluster else []
+        jobs += [pool.submit(kafka)] if with_brokers else []
+        for job in jobs:
+            job.result()
+
+
+def up(report: Report, *, nodes: int = 2, with_cluster: bool = True, with_brokers: bool = True) -> Lab:
+    """Bring the lab up, or find it running.
+
+    Args:
+        report: Where each step is told.
+        nodes: How many worker nodes, 1 to `settings.MAX_NODES`.
+        with_cluster: Whether to run the cluster; needs root.
+        with_brokers: Whether to run the brokers.
+
+    Raises:
+        LabError: It could not be brought up; what was begun is undone.
+    """
+    state = settings.state()
+    with exclusive(report):
+        if (running := _running(state)) is not None:
+            return _found(running, report, nodes=nodes, with_cluster=with_cluster, with_brokers=with_brokers)
+        prepare(report, with_cluster=with_cluster, with_brokers=with_brokers)
+        _end(state)
+        host.require(cluster=with_cluster, kafka=with_brokers)
+        if state.exists() and not _fits(state, nodes if with_cluster else 0, with_brokers):
+            shutil.rmtree(state)
+        fresh = not state.exists()
+        try:
+            return _start(report, state, nodes=nodes if with_cluster else 0, with_brokers=with_brokers)
+        except BaseException:
+            _keep_logs(state)
+            _end(state)
+            if fresh:
+                shutil.rmtree(state, ignore_errors=True)
+            raise
+
+
+def _running(state: Path) -> Lab | None:
+    found = settings.find()
+    if found is not None and Path(found.state) == state and supervisor(state).running():
+        return found
+    return None
+
+
+def _found(lab: Lab, report: Report, *, nodes: int, with_cluster: bool, with_brokers: bool) -> Lab:
+    if lab.checkout != str(settings.CHECKOUT) and Path(lab.checkout).exists():
+        raise Occupied(
+            f"A lab of another checkout runs on this machine: {lab.checkout}.",
+            f"Use it from here with KUBECONFIG={lab.kubeconfig} LAB_CLUSTER=context:lab LAB_BROKERS={lab.bootstrap}, or take it down there with `lab down`.",
+        )
+    if with_cluster and len(lab.nodes) != nodes:
+        raise Occupied(f"The lab runs with {len(lab.nodes)} node(s), not {nodes}.", "Take it down first with `lab down`.")
+    if with_brokers and not lab.bootstrap:
+        raise Occupied("The lab runs without brokers.", "Take it down first with `lab down`.")
+    control = supervisor(Path(lab.state))
+    for process in control.processes():
+        if process["statename"] != "RUNNING":
+            report(f"{process['name']} was {process['statename'].lower()}; starting it.")
+            control.start_program(process["name"])
+    if lab.bootstrap:
+        brokers.wait_ready(30)
+    report("The lab is up already.")
+    return lab
+
+
+def _fits(state: Path, nodes: int, with_brokers: bool) -> bool:
+    """Whether what an earlier lab left in `state` is whole and of the same shape."""
+    try:
+        told = json.loads((state / STAYS_PUT).read_text())
+    except (OSError, ValueError):
+        return False
+    return told == _shape(nodes, with_brokers, told.get("subnet", ""))
+
+
+def _shape(nodes: int, with_brokers: bool, subnet: str) -> dict:
+    return {"nodes": nodes, "brokers": with_brokers, "subnet": subnet, "cache": str(settings.cache()), "cluster": binaries.key() if nodes else "",
+            "checkout": str(settings.CHECKOUT)}  # fmt: skip
+
+
+def _start(report: Report, state: Path, *, nodes: int, with_brokers: bool) -> Lab:
+    owner = settings.owner()
+    names = cluster.node_names(nodes)
+    resumed = (state / STAYS_PUT).exists()
+    subnet = ""
+    if nodes:
+        subnet = json.loads((state / STAYS_PUT).read_text())["subnet"] if resumed else network.free_subnet()
+    control = supervisor(state)
+    bridge = network.address(subnet, 1) if subnet else None
+    machines = cluster.machines(state, subnet, names) if nodes else []
+    if not resumed:
+        with report.step("Write certificates and configuration"):
+            state.mkdir(parents=True, exist_ok=True)
+            state.chmod(0o755)
+            control.folder.mkdir()
+            if nodes:
+                cluster.install(state, subnet, names, owner)
+            programs = [one.program(binaries.folder()) for one in machines]
+            programs += brokers.programs(state, bridge) if with_brokers else []
+            control.write(programs, owner)
+            (state / STAYS_PUT).write_text(json.dumps(_shape(nodes, with_brokers, subnet)))
+    lab = Lab(
+        checkout=str(settings.CHECKOUT), state=str(state), cache=str(settings.cache()), subnet=subnet, nodes=names,
+        kubeconfig=str(state / "kubeconfig") if nodes else "", bootstrap=brokers.bootstrap() if with_brokers else "",
+        bootstrap_pods=brokers.bootstrap_pods(bridge) if with_brokers and bridge else "", started=time.time(),
+    )  # fmt: skip
+    lab.save()
+    if nodes:
+        with report.step("Lay the network"):
+            network.up(subnet, {one.name: one.address for one in machines}, cluster.pod_subnets(names))
+    control.start({MARK: str(state)})
+    if nodes:
+        _wait_cluster(report, lab)
+    if with_brokers:
+        with report.step("Three Kafka brokers in one quorum"):
+            brokers.wait_ready(90)
+    return lab
+
+
+def _wait_cluster(report: Report, lab: Lab) -> None:
+    kubectl = functools.partial(cluster.kubectl, binaries.folder(), lab.kubeconfig)
+
+    def until(what: str, limit: float, *arguments: str, wanted=lambda done: done.returncode == 0) -> None:
+        end = time.monotonic() + limit
+        while not wanted(kubectl(*arguments)):
+            if time.monotonic() > end:
+                said = kubectl(*arguments)
+                raise Unhealthy(f"{what} did not come within {limit:.0f} s: {(said.stderr or said.stdout).strip()[-200:]}", "See `lab logs`.")
+            time.sleep(0.1)
+
+    with ThreadPoolExecutor() as pool:
+        imports = [pool.submit(_import, Path(lab.state), name, report) for name in lab.nodes]
+        with report.step("The API server answers"):
+            until("The API server", 60, "get", "--raw=/readyz")
+        cluster.apply_manifests(kubectl)
+        with report.step(f"{len(lab.nodes)} node(s) Ready"):
+            condition = "-o=jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}"
+            until("Ready nodes", 60, "get", "nodes", condition, wanted=lambda done: done.stdout.split() == ["True"] * len(lab.nodes))
+        for job in imports:
+            job.result()
+        with report.step("Cluster DNS answers"):
+            until("The cluster's DNS", 60, "-n=kube-system", "get", "deployment", "coredns", "-o=jsonpath={.status.availableReplicas}",
+                  wanted=lambda done: done.stdout in ("1", "2"))  # fmt: skip
+
+
+def init_pid(state: Path, name: str) -> int:
+    """The host's pid of the machine's PID 1.
+
+    Raises:
+        NotRunning: The machine is not running.
+    """
+    for process in supervisor(state).processes():
+        if process["name"] == name and process["pid"]:
+            try:
+                children = psutil.Process(process["pid"]).children()
+            except psutil.Error:
+                break
+            if children:
+                return children[0].pid
+    raise NotRunning(f"{name} is not running.", "See `lab status`.")
+
+
+def _import(state: Path, name: str, report: Report) -> None:
+    done = state / name / "var" / "images-imported"
+    archives = [images.system_archive(report), images.demo_archive(report)]
+    wanted = " ".join(archive.name for archive in archives)
+    if done.exists() and done.read_text() == wanted:
+        return
+    end = time.monotonic() + 20
+    while True:
+        try:
+            pid = init_pid(state, name)
+            break
+        except NotRunning:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+    for archive in archives:
+        cluster.import_images(pid, archive)
+    done.write_text(wanted)
+
+
+def down(report: Report, *, purge: bool = False, force: bool = False) -> None:
+    """Take the lab down; nothing of it stays but the cache, and with `purge` not that either.
+
+    Args:
+        report: Where each step is told.
+        purge: Remove the cache too.
+        force: Take down a lab of another checkout as well.
+
+    Raises:
+        Occupied: It is another checkout's.
+    """
+    state = settings.state()
+    with exclusive(report):
+        lab = _running(state)
+        if lab is not None and lab.checkout != str(settings.CHECKOUT) and Path(lab.checkout).exists() and not force:
+            raise Occupied(f"This lab belongs to another checkout: {lab.checkout}.", "Take it down there, or here with `lab down --force`.")
+        there = state.exists() or bool(processes(state))
+        with report.step("Take the lab down") if there else _nothing():
+            _end(state)
+            if state.exists():
+                shutil.rmtree(state)
+        if not there:
+            report("No lab was up.")
+        if purge and settings.cache().exists():
+            with report.step(f"Remove the cache {settings.cache()}"):
+                shutil.rmtree(settings.cache())
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _end(state: Path) -> None:
+    """End every process of the lab and remove what it holds of the host: links, namespaces, cgroups. Files stay."""
+    doomed = processes(state)
+    for process in sorted(doomed, key=lambda one: one.create_time()):
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.Error:
+            continue
+    psutil.wait_procs(doomed, timeout=20)
+    if not host.is_root():
+        return
+    network.down()
+    end = time.monotonic() + 10
+    while (left := machine.cgroups()) and time.monotonic() < end:
+        for folder in left:
+            try:
+                folder.rmdir()
+            except OSError:
+                continue
+        if machine.cgroups():
+            time.sleep(0.05)
+    (state / "lab.json").unlink(missing_ok=True)
+
+
+def _keep_logs(state: Path) -> None:
+    """Copy the logs of a lab that did not come up to the cache, where `lab logs` finds them."""
+    kept = settings.cache() / "failed"
+    shutil.rmtree(kept, ignore_errors=True)
+    for log in [*state.glob("host/log/*"), *state.glob("*/var/supervisor/log/*")]:
+        target = kept / f"{log.relative_to(state).parts[0]}-{log.name}"
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(log, target)
+        except OSError:
+            return
+
+
+def restart_node(name: str) -> None:
+    """Cut a machine's power and start it again.
+
+    Raises:
+        NotRunning: There is no such machine, or no lab.
+    """
+    lab = settings.find()
+    if lab is None:
+        raise NotRunning("No lab is up.", "Start it with `lab up`.")
+    control = supervisor(Path(lab.state))
+    control.kill_program(name)
+    control.start_program(name)
+
+
+__all__ = ["LabError", "down", "exclusive", "init_pid", "prepare", "processes", "restart_node", "supervisor", "up"]

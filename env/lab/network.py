@@ -1,0 +1,112 @@
+"""The lab's network: one bridge in a namespace of its own, a cable to each machine, and one to the host.
+
+The host sees a single interface with one small subnet. The bridge is not on the host, so a firewall there
+that filters bridged frames (Docker's, for one) has no say in it, and nothing is forwarded to the outside.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import subprocess
+from pathlib import Path
+
+from lab import settings
+from lab.errors import MissingPrerequisite, Occupied
+
+PREFIX = "bx-"
+HOST_LINK = "bx0"
+SWITCH = PREFIX + "switch"
+NAMESPACES = Path("/run/netns")
+
+
+def address(subnet: str, host: int) -> str:
+    """The address of number `host` in `subnet`: 1 the host, 2 the control plane, 11 and up the nodes."""
+    return str(ipaddress.ip_network(subnet)[host])
+
+
+def namespace(machine: str) -> str:
+    """The name of the machine's network namespace."""
+    return PREFIX + machine
+
+
+def free_subnet() -> str:
+    """The first candidate of `settings.SUBNETS` that no route of the host touches.
+
+    Raises:
+        Occupied: All of them are in use.
+    """
+    listed = subprocess.run(["ip", "-json", "-4", "route", "show", "table", "all"], capture_output=True, text=True, check=True).stdout
+    routed = [
+        ipaddress.ip_network(route["dst"], strict=False)
+        for route in json.loads(listed or "[]")
+        if route["dst"] != "default" and route.get("dev") != HOST_LINK
+    ]
+    for candidate in settings.SUBNETS:
+        if not any(ipaddress.ip_network(candidate).overlaps(network) for network in routed):
+            return candidate
+    raise Occupied(
+        f"Every address range that the lab could use for its bridge ({settings.SUBNETS[0]} to {settings.SUBNETS[-1]}) is routed elsewhere.",
+        "Free one of them; `ip route` shows who uses it.",
+    )
+
+
+def _batch(lines: list[str], inside: str | None = None) -> None:
+    where = ["-n", inside] if inside else []
+    done = subprocess.run(["ip", *where, "-batch", "-"], input="\n".join(lines) + "\n", capture_output=True, text=True)
+    if done.returncode:
+        raise MissingPrerequisite(
+            f"The kernel refused a part of the lab's network: {done.stderr.strip().splitlines()[0]}.",
+            "The lab needs network namespaces, bridges and veth pairs; `lab doctor` checks each.",
+        )
+
+
+def up(subnet: str, machines: dict[str, str], pod_subnets: dict[str, str]) -> None:
+    """Make the bridge, the host's cable, and each machine's namespace and cable.
+
+    Args:
+        subnet: The bridge's subnet.
+        machines: Address of each machine by its name.
+        pod_subnets: Pod subnet of each node by its machine's name; every other machine routes it there.
+
+    Raises:
+        MissingPrerequisite: The kernel lacks a feature.
+    """
+    length = ipaddress.ip_network(subnet).prefixlen
+    _batch([
+        f"netns add {SWITCH}",
+        *(f"netns add {namespace(name)}" for name in machines),
+        f"link add {HOST_LINK} type veth peer name host netns {SWITCH}",
+        f"addr add {address(subnet, 1)}/{length} dev {HOST_LINK}",
+        f"link set {HOST_LINK} up",
+    ])  # fmt: skip
+    cables = {name: f"to-{name}"[:15] for name in machines}
+    _batch([
+        "link add bridge type bridge",
+        "link set bridge up",
+        "link set host master bridge up",
+        *(f"link add {cable} type veth peer name eth0 netns {namespace(name)}" for name, cable in cables.items()),
+        *(f"link set {cable} master bridge up" for cable in cables.values()),
+    ], inside=SWITCH)  # fmt: skip
+    for name, own in machines.items():
+        _batch([
+            "link set lo up",
+            f"addr add {own}/{length} dev eth0",
+            "link set eth0 up",
+            f"route add default via {address(subnet, 1)}",
+            *(f"route add {pods} via {machines[node]}" for node, pods in pod_subnets.items() if node != name),
+        ], inside=namespace(name))  # fmt: skip
+
+
+def down() -> None:
+    """Remove every namespace and link of the lab, whoever made them. Does nothing where there are none."""
+    names = sorted(path.name for path in NAMESPACES.glob(PREFIX + "*")) if NAMESPACES.is_dir() else []
+    for name in names:
+        subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+    subprocess.run(["ip", "link", "delete", HOST_LINK], capture_output=True, check=False)
+
+
+def leftovers() -> list[str]:
+    """Namespaces and links of the lab that exist on the host."""
+    found = sorted(str(path) for path in NAMESPACES.glob(PREFIX + "*")) if NAMESPACES.is_dir() else []
+    return found + ([HOST_LINK] if Path("/sys/class/net", HOST_LINK).exists() else [])
