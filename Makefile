@@ -21,14 +21,14 @@ lab: setup ## Start the lab and open JupyterLab on the notebooks
 book: setup ## Execute every notebook on the lab and build the site into _build/html
 	@$(bin)/lab doctor --quick || { echo "Without a lab: make site builds the pages from the stored outputs."; exit 1; }
 	@$(bin)/lab up
-	@$(bin)/jupyter-book build . --all --quiet -W --keep-going
+	@$(bin)/python -m lab.book build
 
 site: setup ## Build the site from the stored outputs, without a lab
-	@BOOK_EXECUTE=off $(bin)/jupyter-book build . --all --quiet -W --keep-going
+	@$(bin)/python -m lab.book build --stored
 
 notebooks: setup ## Execute the notebooks and store their outputs (ONLY=notebooks/… for one)
 	@$(bin)/lab up
-	@$(bin)/python -m lab.book $(ONLY)
+	@$(bin)/python -m lab.book store $(ONLY)
 
 test: setup ## Run every test that can run here; the lab is started and stopped if need be
 	@$(bin)/pytest
@@ -37,7 +37,7 @@ lint: setup ## Check code, notebooks, spelling and the site's links
 	@$(bin)/pytest tests/lint
 
 links: setup ## Check the links to other sites (needs the internet)
-	@BOOK_EXECUTE=off $(bin)/jupyter-book build . --all --quiet --builder linkcheck --path-output _build/links
+	@$(bin)/python -m lab.book build --stored --builder linkcheck
 
 requirements: setup ## Write requirements.txt from requirements.in
 	@$(bin)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 \
