@@ -19,12 +19,17 @@ from lab.report import Report
 
 MODULE = settings.ENV / "cluster"
 TOOLCHAIN = settings.ENV / "go.txt"
-FLAGS = " ".join([
-    "-s -w",
-    f"-X k8s.io/component-base/version.gitVersion=v{settings.KUBERNETES}",
-    *(f"-X k8s.io/component-base/version.git{part}={number}" for part, number in zip(("Major", "Minor"), settings.KUBERNETES.split("."), strict=False)),
-    f"-X github.com/containerd/containerd/v2/version.Version={settings.CONTAINERD}",
-])  # fmt: skip
+FLAGS = " ".join(
+    [
+        "-s -w",
+        f"-X k8s.io/component-base/version.gitVersion=v{settings.KUBERNETES}",
+        *(
+            f"-X k8s.io/component-base/version.git{part}={number}"
+            for part, number in zip(("Major", "Minor"), settings.KUBERNETES.split("."), strict=False)
+        ),
+        f"-X github.com/containerd/containerd/v2/version.Version={settings.CONTAINERD}",
+    ]
+)
 
 
 def key() -> str:
@@ -68,10 +73,14 @@ def go(report: Report) -> Path:
         with report.step("Install the Go toolchain"):
             done = subprocess.run(
                 [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--require-hashes", "--target", str(draft), "-r", str(TOOLCHAIN)],
-                capture_output=True, text=True, stdin=subprocess.DEVNULL,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+            )
         if done.returncode:
-            raise BuildFailed(f"The Go toolchain could not be installed: {_last_line(done.stderr)}", "Check the network, then run it again.")
+            raise BuildFailed(
+                f"The Go toolchain could not be installed: {_last_line(done.stderr)}", "Check the network, then run it again."
+            )
         draft.replace(place)
     found = sorted(place.rglob("bin/go"))
     if not found:
@@ -102,19 +111,34 @@ def build(report: Report) -> Path:
 def _build(report: Report) -> None:
     free = shutil.disk_usage(settings.cache()).free
     if free < 8e9:
-        raise BuildFailed(f"{settings.cache()} has {free / 1e9:.1f} GB free; the build needs 8 GB for a while and keeps 0.6 GB.",
-                          "Free some, or set LAB_CACHE to another disk.")  # fmt: skip
+        raise BuildFailed(
+            f"{settings.cache()} has {free / 1e9:.1f} GB free; the build needs 8 GB for a while and keeps 0.6 GB.",
+            "Free some, or set LAB_CACHE to another disk.",
+        )
     toolchain = go(report)
     scratch = settings.cache() / "go-build"
     environment = {
-        **os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "-mod=readonly -modcacherw -buildvcs=false",
-        "GOPATH": str(scratch / "path"), "GOCACHE": str(scratch / "cache"), "GOWORK": "off", "GOOS": "linux",
-    }  # fmt: skip
+        **os.environ,
+        "CGO_ENABLED": "0",
+        "GOTOOLCHAIN": "local",
+        "GOFLAGS": "-mod=readonly -modcacherw -buildvcs=false",
+        "GOPATH": str(scratch / "path"),
+        "GOCACHE": str(scratch / "cache"),
+        "GOWORK": "off",
+        "GOOS": "linux",
+    }
     environment.pop("GOROOT", None)
 
     def run(*arguments: str) -> subprocess.Popen:
-        return subprocess.Popen([toolchain, *arguments], cwd=MODULE, env=environment, text=True, stdin=subprocess.DEVNULL,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        return subprocess.Popen(
+            [toolchain, *arguments],
+            cwd=MODULE,
+            env=environment,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     with report.step(f"Fetch the Go modules of Kubernetes {settings.KUBERNETES}") as step:
         wanted = sum(1 for line in (MODULE / "go.sum").read_text().splitlines() if "/go.mod " not in line)
@@ -127,13 +151,17 @@ def _build(report: Report) -> None:
             elif not line.startswith("#"):
                 last = line.strip()
         if process.wait():
-            raise BuildFailed(f"A Go module could not be fetched: {last}", "Check the network, then run `lab build` again; it goes on where it stopped.")
+            raise BuildFailed(
+                f"A Go module could not be fetched: {last}", "Check the network, then run `lab build` again; it goes on where it stopped."
+            )
 
     with report.step(f"Build Kubernetes {settings.KUBERNETES}, etcd, containerd and CoreDNS") as step:
-        listed = run("list", "-deps", "-f", "{{if or .Stale (eq .Name \"main\")}}{{.ImportPath}}{{end}}", "tool")
+        listed = run("list", "-deps", "-f", '{{if or .Stale (eq .Name "main")}}{{.ImportPath}}{{end}}', "tool")
         stale = listed.stdout.read().split()
         if listed.wait():
-            raise BuildFailed(f"The Go modules do not fit together: {_last_line(' '.join(stale))}", "Restore env/cluster/go.mod and go.sum.")
+            raise BuildFailed(
+                f"The Go modules do not fit together: {_last_line(' '.join(stale))}", "Restore env/cluster/go.mod and go.sum."
+            )
         draft = settings.cache() / f"cluster-{key()}.new"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)

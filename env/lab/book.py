@@ -199,7 +199,9 @@ def notebook_table(env: BuildEnvironment) -> tuple[list[str], list[list[str | no
     """Each notebook: executed in this build and for how long, or when its stored outputs were made and on what."""
     rows: list[list[str | nodes.Node]] = []
     for name in sorted(name for name in env.found_docs if env.doc2path(name).endswith(".ipynb")):
-        title = nodes.reference("", env.titles[name].astext(), internal=True, refuri=env.app.builder.get_relative_uri("book/this-build", name))
+        title = nodes.reference(
+            "", env.titles[name].astext(), internal=True, refuri=env.app.builder.get_relative_uri("book/this-build", name)
+        )
         if executing(env.config):
             run = NbMetadataCollector.get_doc_data(env)[name].get("exec_data") or {}
             when = f"{datetime.fromtimestamp(run['mtime'], UTC):%Y-%m-%d %H:%M} UTC" if run else "not executed"

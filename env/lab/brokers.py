@@ -23,6 +23,7 @@ from jgo.env import LockFile
 from jgo.maven import Artifact, MavenContext
 from kafka import KafkaAdminClient, KafkaProducer
 from kafka.errors import KafkaError
+
 from lab import settings
 from lab.errors import BuildFailed, Unhealthy
 from lab.supervise import Program
@@ -32,8 +33,13 @@ ROOTS = (f"org.apache.kafka:kafka_2.13:{settings.KAFKA}", "org.apache.logging.lo
 """What LOCK is resolved from; the `!` keeps log4j's bill of materials from choosing Kafka's versions."""
 
 JVM = (
-    "-Xms48m", "-Xmx160m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:+UseCompactObjectHeaders",
-    "-XX:+ExitOnOutOfMemoryError", f"-Dlog4j2.configurationFile={settings.ENV / 'kafka' / 'log4j2.properties'}",
+    "-Xms48m",
+    "-Xmx160m",
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+    "-XX:+UseCompactObjectHeaders",
+    "-XX:+ExitOnOutOfMemoryError",
+    f"-Dlog4j2.configurationFile={settings.ENV / 'kafka' / 'log4j2.properties'}",
 )
 """Three brokers share a small machine: a small heap, and compilers that start fast. The AOT cache holds for these flags only."""
 
@@ -99,11 +105,15 @@ def programs(state: Path, pods_address: str | None, user: str = "") -> list[Prog
         if user:
             for path in (folder, *folder.rglob("*")):
                 shutil.chown(path, user)
-        result.append(Program(
-            name=f"broker-{number}", command=_java("kafka.Kafka", str(folder / "server.properties"), jvm=_cached()),
-            environment={"CLASSPATH": _classpath()}, user=user,
-            stop_seconds=3,  # An orderly stop takes half a second; the last broker has no quorum to sign off at and would wait for minutes.
-        ))
+        result.append(
+            Program(
+                name=f"broker-{number}",
+                command=_java("kafka.Kafka", str(folder / "server.properties"), jvm=_cached()),
+                environment={"CLASSPATH": _classpath()},
+                user=user,
+                stop_seconds=3,  # An orderly stop takes half a second; the last broker has no quorum to sign off at and would wait for minutes.
+            )
+        )
     return result
 
 
@@ -116,8 +126,10 @@ def standing() -> dict[int, str]:
     except KafkaError:
         return {}
     leader = quorum["leader_id"]
-    return {broker["broker_id"]: "fenced" if broker["is_fenced"] else "leads the quorum" if broker["broker_id"] == leader
-            else "in the quorum" for broker in registered}
+    return {
+        broker["broker_id"]: "fenced" if broker["is_fenced"] else "leads the quorum" if broker["broker_id"] == leader else "in the quorum"
+        for broker in registered
+    }
 
 
 def wait_ready(limit: float) -> None:
@@ -135,8 +147,7 @@ def wait_ready(limit: float) -> None:
     while sorted(number for number, state in standing().items() if state != "fenced") != list(settings.BROKER_IDS):
         if time.monotonic() > end:
             known = ", ".join(f"{number} {state}" for number, state in standing().items()) or "none"
-            raise Unhealthy(f"The Kafka brokers did not form a cluster within {limit:.0f} s (registered: {known}).",
-                            READ_LOGS)
+            raise Unhealthy(f"The Kafka brokers did not form a cluster within {limit:.0f} s (registered: {known}).", READ_LOGS)
         time.sleep(0.05)
 
 
@@ -167,8 +178,10 @@ def _aot_cache() -> Path:
 def _artifacts(repository: Path) -> list[Artifact]:
     """The locked jars, as files of a Maven repository in that folder."""
     context = MavenContext(repo_cache=repository)
-    return [context.project(jar.groupId, jar.artifactId).at_version(jar.version).artifact(jar.classifier or "", jar.packaging)
-            for jar in LockFile.load(LOCK).dependencies]
+    return [
+        context.project(jar.groupId, jar.artifactId).at_version(jar.version).artifact(jar.classifier or "", jar.packaging)
+        for jar in LockFile.load(LOCK).dependencies
+    ]
 
 
 def _classpath() -> str:
@@ -189,8 +202,10 @@ def _fetch(home: Path, report: Callable[[str], None]) -> None:
                 report(f"Kafka {settings.KAFKA}: {done} of {len(artifacts)} jars")
         except (requests.RequestException, RuntimeError, OSError) as error:
             pool.shutdown(cancel_futures=True)
-            raise BuildFailed(f"A jar of Kafka {settings.KAFKA} could not be downloaded: {error}.",
-                              "Check the network and the free space of the cache, then try again.") from None
+            raise BuildFailed(
+                f"A jar of Kafka {settings.KAFKA} could not be downloaded: {error}.",
+                "Check the network and the free space of the cache, then try again.",
+            ) from None
     if wrong := LockFile.load(LOCK).verify_checksums(draft / "jars"):
         raise BuildFailed(f"A downloaded jar is not the one in {LOCK}: {wrong[0]}.", "Try again; if it stays so, do not trust the network.")
     draft.rename(home)
@@ -217,21 +232,35 @@ def _rehearse(home: Path) -> None:
     draft.mkdir()
     port, controller = _free_ports(2)
     properties = draft / "server.properties"
-    _write_properties(properties, _configuration(
-        1, {"CLIENT": (HOST, port), "CONTROLLER": (HOST, controller)}, [(1, controller)], draft / "data"))
+    _write_properties(
+        properties, _configuration(1, {"CLIENT": (HOST, port), "CONTROLLER": (HOST, controller)}, [(1, controller)], draft / "data")
+    )
     cluster_id = base64.urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")
-    tool = subprocess.run(_java("kafka.tools.StorageTool", "format", "--cluster-id", cluster_id, "--config", str(properties)),
-                          env=environment, capture_output=True, text=True, check=False)
+    tool = subprocess.run(
+        _java("kafka.tools.StorageTool", "format", "--cluster-id", cluster_id, "--config", str(properties)),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if tool.returncode:
-        raise BuildFailed(f"Kafka's storage could not be formatted: {(tool.stderr or tool.stdout).strip()[-300:]}.",
-                          "Try `lab doctor`; free space or memory may be short.")
+        raise BuildFailed(
+            f"Kafka's storage could not be formatted: {(tool.stderr or tool.stdout).strip()[-300:]}.",
+            "Try `lab doctor`; free space or memory may be short.",
+        )
     shutil.rmtree(home / "template", ignore_errors=True)
     shutil.copytree(draft / "data", draft / "template")
     (draft / "template").rename(home / "template")
     output = draft / "broker.aot"
     with open(draft / "broker.log", "wb") as log:
-        broker = subprocess.Popen(_java("kafka.Kafka", str(properties), jvm=(f"-XX:AOTCacheOutput={output}",)),
-                                  env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        broker = subprocess.Popen(
+            _java("kafka.Kafka", str(properties), jvm=(f"-XX:AOTCacheOutput={output}",)),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
         _wait_port(port, time.monotonic() + 60)
         with closing(KafkaProducer(bootstrap_servers=f"{HOST}:{port}")) as producer:
@@ -283,7 +312,10 @@ def _format(data: Path, number: int) -> None:
 
 
 def _configuration(
-    number: int, listeners: Mapping[str, tuple[str, int]], voters: Sequence[tuple[int, int]], data: Path,
+    number: int,
+    listeners: Mapping[str, tuple[str, int]],
+    voters: Sequence[tuple[int, int]],
+    data: Path,
 ) -> dict[str, object]:
     """The broker's server.properties (https://kafka.apache.org/44/configuration/broker-configs/): what differs from Kafka's defaults.
 

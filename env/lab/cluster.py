@@ -64,7 +64,9 @@ def install(state: Path, subnet: str, nodes: list[str], owner: tuple[int, int]) 
     for name, authority in (("ca", ca), ("etcd/ca", etcd_ca), ("front-proxy-ca", front_proxy_ca)):
         folder.joinpath("pki", f"{name}.crt").write_bytes(authority.certificate)
     names = ("kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local")
-    ca.issue("kube-apiserver", server=(*names, network.address(settings.SERVICE_CIDR, 1), control_plane.address)).write(folder / "pki", "apiserver")
+    ca.issue("kube-apiserver", server=(*names, network.address(settings.SERVICE_CIDR, 1), control_plane.address)).write(
+        folder / "pki", "apiserver"
+    )
     ca.issue("kube-apiserver-kubelet-client").write(folder / "pki", "apiserver-kubelet-client")
     etcd_ca.issue("kube-apiserver-etcd-client").write(folder / "pki", "apiserver-etcd-client")
     etcd_ca.issue("etcd", server=("localhost", "127.0.0.1")).write(folder / "pki" / "etcd", "server")
@@ -81,7 +83,9 @@ def install(state: Path, subnet: str, nodes: list[str], owner: tuple[int, int]) 
         folder = worker.etc / "kubernetes"
         folder.joinpath("pki").mkdir(parents=True, exist_ok=True)
         folder.joinpath("pki", "ca.crt").write_bytes(ca.certificate)
-        ca.issue(f"system:node:{worker.name}", "system:nodes", server=(worker.name, worker.address), client=False).write(folder / "pki", "kubelet")
+        ca.issue(f"system:node:{worker.name}", "system:nodes", server=(worker.name, worker.address), client=False).write(
+            folder / "pki", "kubelet"
+        )
         pki.write_private(folder / "kubelet.conf", kubeconfig(f"system:node:{worker.name}", "system:nodes"))
         pki.write_private(folder / "kube-proxy.conf", kubeconfig("system:kube-proxy"))
         _write(folder / "kubelet.yaml", yaml.safe_dump(_kubelet(worker)))
@@ -104,32 +108,70 @@ def _flags(program: str, **flags: str) -> tuple[str, ...]:
 def _control_plane_programs(machine: Machine) -> list[Program]:
     pki_folder = "/etc/kubernetes/pki"
     etcd = _flags(
-        "etcd", name=machine.name, data_dir="/var/lib/etcd", log_level="warn", unsafe_no_fsync="true",
-        listen_client_urls="https://127.0.0.1:2379", advertise_client_urls="https://127.0.0.1:2379",
-        listen_peer_urls="http://127.0.0.1:2380", initial_advertise_peer_urls="http://127.0.0.1:2380", initial_cluster=f"{machine.name}=http://127.0.0.1:2380",
-        client_cert_auth="true", trusted_ca_file=f"{pki_folder}/etcd/ca.crt", cert_file=f"{pki_folder}/etcd/server.crt", key_file=f"{pki_folder}/etcd/server.key",
-    )  # fmt: skip
+        "etcd",
+        name=machine.name,
+        data_dir="/var/lib/etcd",
+        log_level="warn",
+        unsafe_no_fsync="true",
+        listen_client_urls="https://127.0.0.1:2379",
+        advertise_client_urls="https://127.0.0.1:2379",
+        listen_peer_urls="http://127.0.0.1:2380",
+        initial_advertise_peer_urls="http://127.0.0.1:2380",
+        initial_cluster=f"{machine.name}=http://127.0.0.1:2380",
+        client_cert_auth="true",
+        trusted_ca_file=f"{pki_folder}/etcd/ca.crt",
+        cert_file=f"{pki_folder}/etcd/server.crt",
+        key_file=f"{pki_folder}/etcd/server.key",
+    )
     apiserver = _flags(
-        "kube-apiserver", advertise_address=machine.address, bind_address=machine.address, secure_port=str(API_PORT), allow_privileged="true",
-        authorization_mode="Node,RBAC", enable_admission_plugins="NodeRestriction", anonymous_auth="false", profiling="false",
-        client_ca_file=f"{pki_folder}/ca.crt", tls_cert_file=f"{pki_folder}/apiserver.crt", tls_private_key_file=f"{pki_folder}/apiserver.key",
-        etcd_servers="https://127.0.0.1:2379", etcd_cafile=f"{pki_folder}/etcd/ca.crt",
-        etcd_certfile=f"{pki_folder}/apiserver-etcd-client.crt", etcd_keyfile=f"{pki_folder}/apiserver-etcd-client.key",
-        kubelet_certificate_authority=f"{pki_folder}/ca.crt", kubelet_client_certificate=f"{pki_folder}/apiserver-kubelet-client.crt",
-        kubelet_client_key=f"{pki_folder}/apiserver-kubelet-client.key", kubelet_preferred_address_types="InternalIP",
-        requestheader_client_ca_file=f"{pki_folder}/front-proxy-ca.crt", requestheader_allowed_names="front-proxy-client",
-        requestheader_extra_headers_prefix="X-Remote-Extra-", requestheader_group_headers="X-Remote-Group", requestheader_username_headers="X-Remote-User",
-        proxy_client_cert_file=f"{pki_folder}/front-proxy-client.crt", proxy_client_key_file=f"{pki_folder}/front-proxy-client.key",
-        enable_aggregator_routing="true", service_cluster_ip_range=settings.SERVICE_CIDR,
-        service_account_issuer="https://kubernetes.default.svc.cluster.local", service_account_key_file=f"{pki_folder}/sa.pub",
+        "kube-apiserver",
+        advertise_address=machine.address,
+        bind_address=machine.address,
+        secure_port=str(API_PORT),
+        allow_privileged="true",
+        authorization_mode="Node,RBAC",
+        enable_admission_plugins="NodeRestriction",
+        anonymous_auth="false",
+        profiling="false",
+        client_ca_file=f"{pki_folder}/ca.crt",
+        tls_cert_file=f"{pki_folder}/apiserver.crt",
+        tls_private_key_file=f"{pki_folder}/apiserver.key",
+        etcd_servers="https://127.0.0.1:2379",
+        etcd_cafile=f"{pki_folder}/etcd/ca.crt",
+        etcd_certfile=f"{pki_folder}/apiserver-etcd-client.crt",
+        etcd_keyfile=f"{pki_folder}/apiserver-etcd-client.key",
+        kubelet_certificate_authority=f"{pki_folder}/ca.crt",
+        kubelet_client_certificate=f"{pki_folder}/apiserver-kubelet-client.crt",
+        kubelet_client_key=f"{pki_folder}/apiserver-kubelet-client.key",
+        kubelet_preferred_address_types="InternalIP",
+        requestheader_client_ca_file=f"{pki_folder}/front-proxy-ca.crt",
+        requestheader_allowed_names="front-proxy-client",
+        requestheader_extra_headers_prefix="X-Remote-Extra-",
+        requestheader_group_headers="X-Remote-Group",
+        requestheader_username_headers="X-Remote-User",
+        proxy_client_cert_file=f"{pki_folder}/front-proxy-client.crt",
+        proxy_client_key_file=f"{pki_folder}/front-proxy-client.key",
+        enable_aggregator_routing="true",
+        service_cluster_ip_range=settings.SERVICE_CIDR,
+        service_account_issuer="https://kubernetes.default.svc.cluster.local",
+        service_account_key_file=f"{pki_folder}/sa.pub",
         service_account_signing_key_file=f"{pki_folder}/sa.key",
-    )  # fmt: skip
+    )
     controller_manager = _flags(
-        "kube-controller-manager", kubeconfig="/etc/kubernetes/controller-manager.conf", bind_address="127.0.0.1", leader_elect="false", profiling="false",
-        use_service_account_credentials="true", service_account_private_key_file=f"{pki_folder}/sa.key", root_ca_file=f"{pki_folder}/ca.crt",
-        cluster_cidr=settings.POD_CIDR, allocate_node_cidrs="false",
-    )  # fmt: skip
-    scheduler = _flags("kube-scheduler", kubeconfig="/etc/kubernetes/scheduler.conf", bind_address="127.0.0.1", leader_elect="false", profiling="false")
+        "kube-controller-manager",
+        kubeconfig="/etc/kubernetes/controller-manager.conf",
+        bind_address="127.0.0.1",
+        leader_elect="false",
+        profiling="false",
+        use_service_account_credentials="true",
+        service_account_private_key_file=f"{pki_folder}/sa.key",
+        root_ca_file=f"{pki_folder}/ca.crt",
+        cluster_cidr=settings.POD_CIDR,
+        allocate_node_cidrs="false",
+    )
+    scheduler = _flags(
+        "kube-scheduler", kubeconfig="/etc/kubernetes/scheduler.conf", bind_address="127.0.0.1", leader_elect="false", profiling="false"
+    )
     return [
         Program("etcd", etcd, priority=1),
         Program("kube-apiserver", apiserver, priority=2),
@@ -141,10 +183,19 @@ def _control_plane_programs(machine: Machine) -> list[Program]:
 def _node_programs(machine: Machine) -> list[Program]:
     return [
         Program("containerd", _flags("containerd", config="/etc/containerd/config.toml"), priority=1),
-        Program("kubelet", _flags("kubelet", kubeconfig="/etc/kubernetes/kubelet.conf", config="/etc/kubernetes/kubelet.yaml",
-                                  hostname_override=machine.name, node_ip=machine.address), priority=2),
+        Program(
+            "kubelet",
+            _flags(
+                "kubelet",
+                kubeconfig="/etc/kubernetes/kubelet.conf",
+                config="/etc/kubernetes/kubelet.yaml",
+                hostname_override=machine.name,
+                node_ip=machine.address,
+            ),
+            priority=2,
+        ),
         Program("kube-proxy", _flags("kube-proxy", config="/etc/kubernetes/kube-proxy.yaml"), priority=3),
-    ]  # fmt: skip
+    ]
 
 
 def _kubelet(machine: Machine) -> dict:
@@ -152,7 +203,11 @@ def _kubelet(machine: Machine) -> dict:
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
         "address": machine.address,
-        "authentication": {"anonymous": {"enabled": False}, "webhook": {"enabled": True}, "x509": {"clientCAFile": "/etc/kubernetes/pki/ca.crt"}},
+        "authentication": {
+            "anonymous": {"enabled": False},
+            "webhook": {"enabled": True},
+            "x509": {"clientCAFile": "/etc/kubernetes/pki/ca.crt"},
+        },
         "authorization": {"mode": "Webhook"},
         "tlsCertFile": "/etc/kubernetes/pki/kubelet.crt",
         "tlsPrivateKeyFile": "/etc/kubernetes/pki/kubelet.key",
@@ -192,11 +247,16 @@ def _cni(subnet: str) -> dict:
         "cniVersion": "1.0.0",
         "name": "lab",
         "plugins": [
-            {"type": "bridge", "bridge": "cni0", "isGateway": True, "hairpinMode": True,
-             "ipam": {"type": "host-local", "ranges": ranges, "routes": [{"dst": "0.0.0.0/0"}]}},
+            {
+                "type": "bridge",
+                "bridge": "cni0",
+                "isGateway": True,
+                "hairpinMode": True,
+                "ipam": {"type": "host-local", "ranges": ranges, "routes": [{"dst": "0.0.0.0/0"}]},
+            },
             {"type": "portmap", "backend": "nftables", "capabilities": {"portMappings": True}},
         ],
-    }  # fmt: skip
+    }
 
 
 CONTAINERD = f"""version = 3
@@ -246,12 +306,19 @@ def import_images(pid: int, archive: Path) -> None:
     with archive.open("rb") as file:
         done = subprocess.run([*enter, "/bin/sh", "-c", script], stdin=file, capture_output=True, text=True)
     if done.returncode:
-        raise Unhealthy(f"containerd did not take the images of {archive.name}: {done.stderr.strip()[-200:] or 'it does not answer'}.", "See `lab logs containerd`.")
+        raise Unhealthy(
+            f"containerd did not take the images of {archive.name}: {done.stderr.strip()[-200:] or 'it does not answer'}.",
+            "See `lab logs containerd`.",
+        )
 
 
-def kubectl(binaries: Path, kubeconfig: str | Path, *arguments: str, stdin: str | None = None, timeout: float = 30) -> subprocess.CompletedProcess:
+def kubectl(
+    binaries: Path, kubeconfig: str | Path, *arguments: str, stdin: str | None = None, timeout: float = 30
+) -> subprocess.CompletedProcess:
     """Run kubectl and capture what it says."""
-    return subprocess.run([str(binaries / "kubectl"), f"--kubeconfig={kubeconfig}", *arguments], input=stdin, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [str(binaries / "kubectl"), f"--kubeconfig={kubeconfig}", *arguments], input=stdin, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def apply_manifests(run: Callable[..., subprocess.CompletedProcess]) -> None:

@@ -70,17 +70,30 @@ def install_programs(report: Report) -> None:
         return
     packages = sorted({PACKAGES[name] for name in missing})
     if not shutil.which("apt-get"):
-        raise MissingPrerequisite(f"This machine lacks {', '.join(missing)}.", f"Install what your system calls {', '.join(packages)} and run it again.")
+        raise MissingPrerequisite(
+            f"This machine lacks {', '.join(missing)}.", f"Install what your system calls {', '.join(packages)} and run it again."
+        )
     prefix = [] if is_root() else ["sudo"]
     environment = ["env", "DEBIAN_FRONTEND=noninteractive"]
     with report.step(f"Install {', '.join(packages)}"):
         for arguments in (["install"], ["update"], ["install"]):
-            command = [*prefix, *environment, "apt-get", "-q", "-y", "--no-install-recommends", *arguments, *(packages if arguments == ["install"] else [])]
+            command = [
+                *prefix,
+                *environment,
+                "apt-get",
+                "-q",
+                "-y",
+                "--no-install-recommends",
+                *arguments,
+                *(packages if arguments == ["install"] else []),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL if is_root() else None)
             if arguments == ["install"] and done.returncode == 0:
                 return
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        raise MissingPrerequisite(f"apt-get could not install {' '.join(packages)}: {lines[-1]}", f"Try `apt-get install {' '.join(packages)}` by hand.")
+        raise MissingPrerequisite(
+            f"apt-get could not install {' '.join(packages)}: {lines[-1]}", f"Try `apt-get install {' '.join(packages)}` by hand."
+        )
 
 
 def port_holder(address: str, port: int) -> str:
@@ -126,21 +139,61 @@ def examine(*, running: bool) -> list[Finding]:
     findings = []
     system = platform.freedesktop_os_release().get("PRETTY_NAME", "") if sys.platform == "linux" else platform.system()
     why_not = clusterless()
-    findings.append(Finding("system", sys.platform == "linux", f"{system}, kernel {platform.release()}, {platform.machine()}", why_not.cure if why_not else ""))
-    findings.append(Finding("rights", can_become_root(), "root" if is_root() else "sudo" if can_become_root() else "neither root nor sudo",
-                            "Brokers alone need no root; a cluster does."))  # fmt: skip
+    findings.append(
+        Finding(
+            "system",
+            sys.platform == "linux",
+            f"{system}, kernel {platform.release()}, {platform.machine()}",
+            why_not.cure if why_not else "",
+        )
+    )
+    findings.append(
+        Finding(
+            "rights",
+            can_become_root(),
+            "root" if is_root() else "sudo" if can_become_root() else "neither root nor sudo",
+            "Brokers alone need no root; a cluster does.",
+        )
+    )
     missing = missing_programs()
-    findings.append(Finding("programs", not missing, f"lacks {', '.join(missing)}" if missing else ", ".join(PACKAGES),
-                            f"`lab up` installs them with apt; elsewhere install {', '.join(sorted({PACKAGES[name] for name in missing}))}."))  # fmt: skip
+    findings.append(
+        Finding(
+            "programs",
+            not missing,
+            f"lacks {', '.join(missing)}" if missing else ", ".join(PACKAGES),
+            f"`lab up` installs them with apt; elsewhere install {', '.join(sorted({PACKAGES[name] for name in missing}))}.",
+        )
+    )
     findings += _kernel()
     available = psutil.virtual_memory().available / 1e9
-    findings.append(Finding("memory", running or available >= MEMORY, f"{available:.1f} GB available", f"The lab needs {MEMORY:.0f} GB; end something large."))
+    findings.append(
+        Finding(
+            "memory",
+            running or available >= MEMORY,
+            f"{available:.1f} GB available",
+            f"The lab needs {MEMORY:.0f} GB; end something large.",
+        )
+    )
     place = next(folder for folder in (settings.cache(), *settings.cache().parents) if folder.exists())
     free = shutil.disk_usage(place).free / 1e9
-    findings.append(Finding("disk", free >= 3, f"{free:.1f} GB free at {place}", "The first build needs 8 GB for a while, a running lab 3 GB. Set LAB_CACHE to another disk."))
+    findings.append(
+        Finding(
+            "disk",
+            free >= 3,
+            f"{free:.1f} GB free at {place}",
+            "The first build needs 8 GB for a while, a running lab 3 GB. Set LAB_CACHE to another disk.",
+        )
+    )
     if not running:
         taken = [f"{port} by {holder}" for address, port in brokers.ports(None) if (holder := port_holder(address, port))]
-        findings.append(Finding("ports", not taken, "; ".join(taken) if taken else f"{settings.BROKER_PORT} and the brokers' others are free", "End what holds them."))
+        findings.append(
+            Finding(
+                "ports",
+                not taken,
+                "; ".join(taken) if taken else f"{settings.BROKER_PORT} and the brokers' others are free",
+                "End what holds them.",
+            )
+        )
         if shutil.which("ip", path=ADMIN_PATH):
             try:
                 findings.append(Finding("addresses", True, f"{network.free_subnet()} is free"))
@@ -161,10 +214,22 @@ def _kernel() -> list[Finding]:
     release = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in platform.release().split(".")[:2])
     return [
         Finding("kernel", release >= (5, 13), platform.release(), "kube-proxy's nftables mode needs Linux 5.13 or later."),
-        Finding("cgroups", not lacking, f"version {version}" + (f", without {', '.join(sorted(lacking))}" if lacking else ""), "Boot with these controllers on."),
-        *(Finding(kind, Path("/proc/self/ns", kind).exists(), "there" if Path("/proc/self/ns", kind).exists() else "missing", "This kernel lacks a namespace.")
-          for kind in ("net", "mnt", "pid")),
-    ]  # fmt: skip
+        Finding(
+            "cgroups",
+            not lacking,
+            f"version {version}" + (f", without {', '.join(sorted(lacking))}" if lacking else ""),
+            "Boot with these controllers on.",
+        ),
+        *(
+            Finding(
+                kind,
+                Path("/proc/self/ns", kind).exists(),
+                "there" if Path("/proc/self/ns", kind).exists() else "missing",
+                "This kernel lacks a namespace.",
+            )
+            for kind in ("net", "mnt", "pid")
+        ),
+    ]
 
 
 def require(*, cluster: bool, kafka: bool) -> None:
@@ -177,7 +242,11 @@ def require(*, cluster: bool, kafka: bool) -> None:
     if cluster and (why_not := clusterless()):
         raise why_not
     for finding in examine(running=False):
-        wanted = finding.what in ("memory", "disk") or (cluster and finding.what not in ("ports", "rights")) or (kafka and finding.what == "ports")
+        wanted = (
+            finding.what in ("memory", "disk")
+            or (cluster and finding.what not in ("ports", "rights"))
+            or (kafka and finding.what == "ports")
+        )
         if wanted and not finding.well:
             kind = Occupied if finding.what in ("ports", "addresses") else MissingPrerequisite
             raise kind(f"{finding.what.capitalize()}: {finding.found}.", finding.cure)

@@ -33,7 +33,18 @@ from lab.report import Report
 SOURCES = settings.ENV / "images"
 REPOSITORY = "localhost/by-experiment"
 UNPRIVILEGED = "65532:65532"
-LEFT_OUT = {"test", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
+LEFT_OUT = {
+    "test",
+    "idlelib",
+    "tkinter",
+    "turtledemo",
+    "ensurepip",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "pydoc_data",
+}
 
 
 def name(image: str) -> str:
@@ -105,7 +116,9 @@ def _python() -> bytes:
             target = f"usr/local/{sys.platlibdir}/{version}/{source.relative_to(library)}"
             files[target] = source
             if one.endswith(".py"):
-                py_compile.compile(str(source), cfile=str(scratch), dfile="/" + target, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+                py_compile.compile(
+                    str(source), cfile=str(scratch), dfile="/" + target, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+                )
                 parent, _, stem = target.rpartition("/")
                 files[f"{parent}/__pycache__/{stem[:-3]}.{sys.implementation.cache_tag}.pyc"] = scratch.read_bytes()
     scratch.unlink(missing_ok=True)
@@ -136,12 +149,18 @@ def _archive(target: Path, images: Iterable[Image]) -> None:
 
         for image in images:
             digests = [hashlib.sha256(layer).hexdigest() for layer in image.layers]
-            config = json.dumps({
-                "architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine()),
-                "os": "linux",
-                "config": {"Entrypoint": list(image.entrypoint), "Env": ["PATH=/usr/local/bin:/bin", *image.environment], "User": image.user},
-                "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in digests]},
-            }).encode()  # fmt: skip
+            config = json.dumps(
+                {
+                    "architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine()),
+                    "os": "linux",
+                    "config": {
+                        "Entrypoint": list(image.entrypoint),
+                        "Env": ["PATH=/usr/local/bin:/bin", *image.environment],
+                        "User": image.user,
+                    },
+                    "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in digests]},
+                }
+            ).encode()
             for digest, layer in zip(digests, image.layers, strict=True):
                 add(f"{digest}/layer.tar", layer)
             config_name = f"{hashlib.sha256(config).hexdigest()}.json"
@@ -175,7 +194,13 @@ def demo_archive(report: Report) -> Path:
         BuildFailed: It could not be written.
     """
     files = sorted(path for path in SOURCES.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    key = _key([sys.version.encode(), Path(__file__).read_bytes(), *(part for path in files for part in (str(path.relative_to(SOURCES)).encode(), path.read_bytes()))])
+    key = _key(
+        [
+            sys.version.encode(),
+            Path(__file__).read_bytes(),
+            *(part for path in files for part in (str(path.relative_to(SOURCES)).encode(), path.read_bytes())),
+        ]
+    )
     target = settings.cache() / f"images-{key}.tar"
 
     def write() -> None:
@@ -188,10 +213,14 @@ def demo_archive(report: Report) -> Path:
         for folder, told in _sources():
             layer = _layer((f"app/{path.name}", path.read_bytes()) for path in sorted(folder.glob("*.py")))
             images += [
-                Image(f"{REPOSITORY}/{folder.name}:{tag}", (python, layer), tuple(told["entrypoint"]),
-                      ("PYTHONHOME=/usr/local", "PYTHONUNBUFFERED=1", "PYTHONDONTWRITEBYTECODE=1", f"VERSION={tag}"))
+                Image(
+                    f"{REPOSITORY}/{folder.name}:{tag}",
+                    (python, layer),
+                    tuple(told["entrypoint"]),
+                    ("PYTHONHOME=/usr/local", "PYTHONUNBUFFERED=1", "PYTHONDONTWRITEBYTECODE=1", f"VERSION={tag}"),
+                )
                 for tag in told["tags"]
-            ]  # fmt: skip
+            ]
         _archive(target, images)
 
     _once(target, "images-*.tar", "Write the demo images", write, report)
@@ -204,7 +233,9 @@ def system_archive(report: Report) -> Path:
     Raises:
         BuildFailed: It could not be written.
     """
-    catatonit = shutil.which("catatonit") or next((path for path in ("/usr/libexec/podman/catatonit", "/usr/libexec/catatonit/catatonit") if os.path.exists(path)), None)
+    catatonit = shutil.which("catatonit") or next(
+        (path for path in ("/usr/libexec/podman/catatonit", "/usr/libexec/catatonit/catatonit") if os.path.exists(path)), None
+    )
     if catatonit is None:
         raise BuildFailed("There is no catatonit, the program that the pause image holds.", "Install the package catatonit.")
     target = settings.cache() / f"system-{_key([binaries.key().encode(), Path(__file__).read_bytes(), Path(catatonit).read_bytes()])}.tar"
@@ -212,10 +243,13 @@ def system_archive(report: Report) -> Path:
     def write() -> None:
         pause = Path(catatonit)
         coredns = binaries.folder() / "coredns"
-        _archive(target, [
-            Image(PAUSE, (_layer({"catatonit": pause, **_libraries([pause])}.items()),), ("/catatonit", "-P")),
-            Image(COREDNS, (_layer({"coredns": coredns}.items()),), ("/coredns",), user=UNPRIVILEGED),
-        ])  # fmt: skip
+        _archive(
+            target,
+            [
+                Image(PAUSE, (_layer({"catatonit": pause, **_libraries([pause])}.items()),), ("/catatonit", "-P")),
+                Image(COREDNS, (_layer({"coredns": coredns}.items()),), ("/coredns",), user=UNPRIVILEGED),
+            ],
+        )
 
     _once(target, "system-*.tar", "Write the images of pause and CoreDNS", write, report)
     return target
@@ -236,7 +270,9 @@ def _once(target: Path, earlier: str, title: str, write, report: Report) -> None
             try:
                 write()
             except OSError as error:
-                raise BuildFailed(f"{title}: {error.strerror or error} ({error.filename or target}).", "Free some disk, then run it again.") from None
+                raise BuildFailed(
+                    f"{title}: {error.strerror or error} ({error.filename or target}).", "Free some disk, then run it again."
+                ) from None
         for old in target.parent.glob(earlier):
             if old != target:
                 old.unlink(missing_ok=True)

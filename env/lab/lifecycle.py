@@ -18,7 +18,7 @@ import psutil
 from filelock import FileLock
 
 from lab import binaries, brokers, cluster, host, images, machine, network, settings
-from lab.errors import LabError, NotRunning, Occupied, Unhealthy
+from lab.errors import NotRunning, Occupied, Unhealthy
 from lab.report import Report
 from lab.settings import Lab
 from lab.supervise import Supervisor
@@ -165,8 +165,14 @@ def _fits(state: Path, nodes: int, with_brokers: bool) -> bool:
 
 
 def _shape(nodes: int, with_brokers: bool, subnet: str) -> dict:
-    return {"nodes": nodes, "brokers": with_brokers, "subnet": subnet, "cache": str(settings.cache()), "cluster": binaries.key() if nodes else "",
-            "checkout": str(settings.CHECKOUT)}  # fmt: skip
+    return {
+        "nodes": nodes,
+        "brokers": with_brokers,
+        "subnet": subnet,
+        "cache": str(settings.cache()),
+        "cluster": binaries.key() if nodes else "",
+        "checkout": str(settings.CHECKOUT),
+    }
 
 
 def _start(report: Report, state: Path, *, nodes: int, with_brokers: bool) -> Lab:
@@ -191,10 +197,16 @@ def _start(report: Report, state: Path, *, nodes: int, with_brokers: bool) -> La
             control.write(programs, owner)
             (state / STAYS_PUT).write_text(json.dumps(_shape(nodes, with_brokers, subnet)))
     lab = Lab(
-        checkout=str(settings.CHECKOUT), state=str(state), cache=str(settings.cache()), subnet=subnet, nodes=names,
-        kubeconfig=str(state / "kubeconfig") if nodes else "", bootstrap=brokers.bootstrap() if with_brokers else "",
-        bootstrap_pods=brokers.bootstrap_pods(bridge) if with_brokers and bridge else "", started=time.time(),
-    )  # fmt: skip
+        checkout=str(settings.CHECKOUT),
+        state=str(state),
+        cache=str(settings.cache()),
+        subnet=subnet,
+        nodes=names,
+        kubeconfig=str(state / "kubeconfig") if nodes else "",
+        bootstrap=brokers.bootstrap() if with_brokers else "",
+        bootstrap_pods=brokers.bootstrap_pods(bridge) if with_brokers and bridge else "",
+        started=time.time(),
+    )
     lab.save()
     if nodes:
         with report.step("Lay the network"):
@@ -216,7 +228,9 @@ def _wait_cluster(report: Report, lab: Lab) -> None:
         while not wanted(kubectl(*arguments)):
             if time.monotonic() > end:
                 said = kubectl(*arguments)
-                raise Unhealthy(f"{what} did not come within {limit:.0f} s: {(said.stderr or said.stdout).strip()[-200:]}", "See `lab logs`.")
+                raise Unhealthy(
+                    f"{what} did not come within {limit:.0f} s: {(said.stderr or said.stdout).strip()[-200:]}", "See `lab logs`."
+                )
             time.sleep(0.1)
 
     with ThreadPoolExecutor() as pool:
@@ -230,8 +244,16 @@ def _wait_cluster(report: Report, lab: Lab) -> None:
         for job in imports:
             job.result()
         with report.step("Cluster DNS answers"):
-            until("The cluster's DNS", 60, "-n=kube-system", "get", "deployment", "coredns", "-o=jsonpath={.status.availableReplicas}",
-                  wanted=lambda done: done.stdout in ("1", "2"))  # fmt: skip
+            until(
+                "The cluster's DNS",
+                60,
+                "-n=kube-system",
+                "get",
+                "deployment",
+                "coredns",
+                "-o=jsonpath={.status.availableReplicas}",
+                wanted=lambda done: done.stdout in ("1", "2"),
+            )
 
 
 def init_pid(state: Path, name: str) -> int:
@@ -353,6 +375,3 @@ def restart_node(name: str) -> None:
     control = supervisor(Path(lab.state))
     control.kill_program(name)
     control.start_program(name)
-
-
-__all__ = ["LabError", "down", "exclusive", "init_pid", "prepare", "processes", "restart_node", "supervisor", "up"]

@@ -74,14 +74,26 @@ class Machine:
         return Program(
             name=self.name,
             command=(
-                "nsenter", f"--net={network.NAMESPACES / network.namespace(self.name)}",
-                "unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child=KILL",
-                "/bin/sh", str(INIT), self.name, str(self.folder), str(binaries), sys.executable,
+                "nsenter",
+                f"--net={network.NAMESPACES / network.namespace(self.name)}",
+                "unshare",
+                "--mount",
+                "--pid",
+                "--uts",
+                "--ipc",
+                "--fork",
+                "--kill-child=KILL",
+                "/bin/sh",
+                str(INIT),
+                self.name,
+                str(self.folder),
+                str(binaries),
+                sys.executable,
                 *(str(path) for path in interpreter if not path.is_relative_to("/usr")),
             ),
             priority=10,
             stop_signal="KILL",
-        )  # fmt: skip
+        )
 
 
 def cgroups(name: str = "") -> list[Path]:

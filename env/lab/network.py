@@ -73,29 +73,37 @@ def up(subnet: str, machines: dict[str, str], pod_subnets: dict[str, str]) -> No
         MissingPrerequisite: The kernel lacks a feature.
     """
     length = ipaddress.ip_network(subnet).prefixlen
-    _batch([
-        f"netns add {SWITCH}",
-        *(f"netns add {namespace(name)}" for name in machines),
-        f"link add {HOST_LINK} type veth peer name host netns {SWITCH}",
-        f"addr add {address(subnet, 1)}/{length} dev {HOST_LINK}",
-        f"link set {HOST_LINK} up",
-    ])  # fmt: skip
+    _batch(
+        [
+            f"netns add {SWITCH}",
+            *(f"netns add {namespace(name)}" for name in machines),
+            f"link add {HOST_LINK} type veth peer name host netns {SWITCH}",
+            f"addr add {address(subnet, 1)}/{length} dev {HOST_LINK}",
+            f"link set {HOST_LINK} up",
+        ]
+    )
     cables = {name: f"to-{name}"[:15] for name in machines}
-    _batch([
-        "link add bridge type bridge",
-        "link set bridge up",
-        "link set host master bridge up",
-        *(f"link add {cable} type veth peer name eth0 netns {namespace(name)}" for name, cable in cables.items()),
-        *(f"link set {cable} master bridge up" for cable in cables.values()),
-    ], inside=SWITCH)  # fmt: skip
+    _batch(
+        [
+            "link add bridge type bridge",
+            "link set bridge up",
+            "link set host master bridge up",
+            *(f"link add {cable} type veth peer name eth0 netns {namespace(name)}" for name, cable in cables.items()),
+            *(f"link set {cable} master bridge up" for cable in cables.values()),
+        ],
+        inside=SWITCH,
+    )
     for name, own in machines.items():
-        _batch([
-            "link set lo up",
-            f"addr add {own}/{length} dev eth0",
-            "link set eth0 up",
-            f"route add default via {address(subnet, 1)}",
-            *(f"route add {pods} via {machines[node]}" for node, pods in pod_subnets.items() if node != name),
-        ], inside=namespace(name))  # fmt: skip
+        _batch(
+            [
+                "link set lo up",
+                f"addr add {own}/{length} dev eth0",
+                "link set eth0 up",
+                f"route add default via {address(subnet, 1)}",
+                *(f"route add {pods} via {machines[node]}" for node, pods in pod_subnets.items() if node != name),
+            ],
+            inside=namespace(name),
+        )
 
 
 def down() -> None:

@@ -73,7 +73,7 @@ class Authority:
         self.certificate = certificate.public_bytes(serialization.Encoding.PEM)
 
     def _builder(self, subject: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        now = datetime.datetime.now(datetime.timezone.utc)
+        now = datetime.datetime.now(datetime.UTC)
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
@@ -113,9 +113,16 @@ class Authority:
 
 def _usage(*, certificate_sign: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
-        digital_signature=True, content_commitment=False, key_encipherment=not certificate_sign, data_encipherment=False, key_agreement=False,
-        key_cert_sign=certificate_sign, crl_sign=certificate_sign, encipher_only=False, decipher_only=False,
-    )  # fmt: skip
+        digital_signature=True,
+        content_commitment=False,
+        key_encipherment=not certificate_sign,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=certificate_sign,
+        crl_sign=certificate_sign,
+        encipher_only=False,
+        decipher_only=False,
+    )
 
 
 def _general_name(name: str) -> x509.GeneralName:
@@ -146,11 +153,15 @@ def kubeconfig(server: str, authority: Authority, user: str, issued: Issued) -> 
     def encoded(pem: bytes) -> str:
         return b64encode(pem).decode()
 
-    return yaml.safe_dump({
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": "lab", "cluster": {"server": server, "certificate-authority-data": encoded(authority.certificate)}}],
-        "users": [{"name": user, "user": {"client-certificate-data": encoded(issued.certificate), "client-key-data": encoded(issued.key)}}],
-        "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": user}}],
-        "current-context": "lab",
-    })  # fmt: skip
+    return yaml.safe_dump(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "lab", "cluster": {"server": server, "certificate-authority-data": encoded(authority.certificate)}}],
+            "users": [
+                {"name": user, "user": {"client-certificate-data": encoded(issued.certificate), "client-key-data": encoded(issued.key)}}
+            ],
+            "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": user}}],
+            "current-context": "lab",
+        }
+    )

@@ -80,8 +80,15 @@ class Report:
         with self._lock:
             self._steps += 1
             if self._steps == 1 and self._console.is_terminal and not self._quiet:
-                self.live = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"),
-                                     TimeElapsedColumn(), console=self._console, transient=True)  # fmt: skip
+                self.live = Progress(
+                    SpinnerColumn(),
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    TextColumn("{task.fields[left]}"),
+                    TimeElapsedColumn(),
+                    console=self._console,
+                    transient=True,
+                )
                 self.live.start()
             step = Step(self, title)
         try:

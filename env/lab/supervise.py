@@ -51,21 +51,42 @@ def _escape(text: str) -> str:
 def configuration(folder: Path, programs: Iterable[Program], owner: tuple[int, int]) -> str:
     """The supervisord configuration for `programs`, whose socket, pid file and logs lie in `folder`."""
     lines = [
-        "[unix_http_server]", f"file={_escape(str(folder / 'control.sock'))}", "chmod=0700", f"chown={owner[0]}:{owner[1]}",
-        "[supervisord]", f"pidfile={_escape(str(folder / 'supervisord.pid'))}", f"logfile={_escape(str(folder / 'log' / 'supervisord.log'))}",
-        "logfile_maxbytes=1MB", "logfile_backups=1", "nodaemon=true", "silent=true", "minfds=1024", "umask=022",
+        "[unix_http_server]",
+        f"file={_escape(str(folder / 'control.sock'))}",
+        "chmod=0700",
+        f"chown={owner[0]}:{owner[1]}",
+        "[supervisord]",
+        f"pidfile={_escape(str(folder / 'supervisord.pid'))}",
+        f"logfile={_escape(str(folder / 'log' / 'supervisord.log'))}",
+        "logfile_maxbytes=1MB",
+        "logfile_backups=1",
+        "nodaemon=true",
+        "silent=true",
+        "minfds=1024",
+        "umask=022",
         *(["user=root"] if os.geteuid() == 0 else []),
-        "[rpcinterface:supervisor]", "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
+        "[rpcinterface:supervisor]",
+        "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
     ]
     for program in programs:
         variables = ",".join(f'{key}="{_escape(value)}"' for key, value in program.environment.items())
         lines += [
-            f"[program:{program.name}]", f"command={_escape(shlex.join(program.command))}", f"priority={program.priority}",
-            "autorestart=true", "startsecs=0", "startretries=1000000",
-            f"stopsignal={program.stop_signal}", f"stopwaitsecs={program.stop_seconds}", "stopasgroup=false", "killasgroup=true",
-            f"stdout_logfile={_escape(str(folder / 'log' / program.name))}.log", "redirect_stderr=true",
-            "stdout_logfile_maxbytes=10MB", "stdout_logfile_backups=1",
-            *([f"environment={variables}"] if variables else []), *([f"user={program.user}"] if program.user else []),
+            f"[program:{program.name}]",
+            f"command={_escape(shlex.join(program.command))}",
+            f"priority={program.priority}",
+            "autorestart=true",
+            "startsecs=0",
+            "startretries=1000000",
+            f"stopsignal={program.stop_signal}",
+            f"stopwaitsecs={program.stop_seconds}",
+            "stopasgroup=false",
+            "killasgroup=true",
+            f"stdout_logfile={_escape(str(folder / 'log' / program.name))}.log",
+            "redirect_stderr=true",
+            "stdout_logfile_maxbytes=10MB",
+            "stdout_logfile_backups=1",
+            *([f"environment={variables}"] if variables else []),
+            *([f"user={program.user}"] if program.user else []),
         ]
     return "\n".join(lines) + "\n"
 
@@ -103,8 +124,9 @@ class Supervisor:
             Unhealthy: It ended, or did not answer in time.
         """
         with open(os.devnull, "r+b") as null:
-            process = subprocess.Popen(self.command, stdin=null, stdout=null, stderr=null, cwd="/",
-                                       env={**os.environ, **environment}, start_new_session=True)
+            process = subprocess.Popen(
+                self.command, stdin=null, stdout=null, stderr=null, cwd="/", env={**os.environ, **environment}, start_new_session=True
+            )
         end = time.monotonic() + 10
         while not self.running():
             if process.poll() is not None or time.monotonic() > end:

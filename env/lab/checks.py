@@ -1,0 +1,52 @@
+"""What a lesson verifies, and what it waits for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from lab.errors import CheckFailed, TimedOut
+
+T = TypeVar("T")
+
+
+def check(claim: str, holds: object, found: object = "") -> None:
+    """Print what was verified.
+
+    Args:
+        claim: What should hold, as a sentence without its full stop.
+        holds: Whether it does.
+        found: What was found, told where it does not hold.
+
+    Raises:
+        CheckFailed: It does not hold.
+    """
+    if not holds:
+        raise CheckFailed(f"✗ {claim}.", f"Found instead: {found}" if found != "" else "")
+    print(f"✓ {claim}")
+
+
+def wait(what: str, condition: Callable[[], T], limit: float = 60.0, every: float = 0.1) -> T:
+    """Wait until a condition holds and return what it returned.
+
+    Args:
+        what: What is waited for, told when it does not come.
+        condition: Called until it returns something true.
+        limit: Seconds to wait at most.
+        every: Seconds between two calls.
+
+    Raises:
+        TimedOut: It did not hold within the limit.
+    """
+    end = time.monotonic() + limit
+    while True:
+        found = condition()
+        if found:
+            return found
+        if time.monotonic() > end:
+            raise TimedOut(
+                f"Waited {limit:.0f} s for {what}; it did not come (last seen: {found!r}).",
+                "Look at the cluster with `lab status`, then run the cell again.",
+            )
+        time.sleep(every)

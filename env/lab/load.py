@@ -1,0 +1,140 @@
+"""A load from inside the cluster, whose every request comes back as a row."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import threading
+import time
+
+import pandas as pd
+from kubernetes import client
+from kubernetes.client import ApiException
+from kubernetes.stream import stream
+from urllib3.exceptions import HTTPError
+
+from lab.errors import Unhealthy
+from lab.images import UNPRIVILEGED
+
+
+class Load:
+    """Requests on a fixed schedule, from a Pod, from the start of its block to the end.
+
+    Args:
+        namespace: Where the Pod runs.
+        image: The image of `env/images/client`.
+        url: Where to, as a Pod sees it.
+        period: Seconds from one request to the next.
+        limit: Seconds after which it ends by itself.
+        timeout: Seconds after which a request has failed.
+        keep_alive: "none", "all" or "half".
+    """
+
+    def __init__(self, namespace: str, image: str, url: str, *, period: float, limit: float, timeout: float, keep_alive: str) -> None:
+        self._namespace, self._image = namespace, image
+        self._name = f"client-{secrets.token_hex(3)}"
+        self._arguments = [url, f"--period={period}", f"--seconds={limit}", f"--timeout={timeout}", f"--keep-alive={keep_alive}"]
+        self._lines: list[dict] = []
+        self._begun, self._ended = threading.Event(), threading.Event()
+
+    def __enter__(self) -> Load:
+        """Start the Pod and wait for its first request (60 s).
+
+        Raises:
+            Unhealthy: It did not start.
+        """
+        api = client.CoreV1Api()
+        user = int(UNPRIVILEGED.split(":")[0])
+        api.create_namespaced_pod(
+            self._namespace,
+            {
+                "metadata": {"name": self._name, "labels": {"app": "client"}},
+                "spec": {
+                    "restartPolicy": "Never",
+                    "terminationGracePeriodSeconds": 1,
+                    "automountServiceAccountToken": False,
+                    "containers": [
+                        {
+                            "name": "client",
+                            "image": self._image,
+                            "imagePullPolicy": "IfNotPresent",
+                            "args": self._arguments,
+                            "securityContext": {
+                                "runAsNonRoot": True,
+                                "runAsUser": user,
+                                "allowPrivilegeEscalation": False,
+                                "capabilities": {"drop": ["ALL"]},
+                            },
+                        }
+                    ],
+                },
+            },
+        )
+        end = time.monotonic() + 60
+        while (pod := api.read_namespaced_pod_status(self._name, self._namespace)).status.phase == "Pending":
+            status = next(iter(pod.status.container_statuses or []), None)
+            reason = status.state.waiting.reason if status and status.state.waiting else "no node takes it"
+            if reason in ("ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName") or time.monotonic() > end:
+                api.delete_namespaced_pod(self._name, self._namespace)
+                raise Unhealthy(
+                    f"The load generator did not start: {reason} ({self._image}).",
+                    "On a cluster of your own, load the demo images (`lab images` writes the archive), or name a registry that has them with LAB_IMAGES.",
+                )
+            time.sleep(0.05)
+        threading.Thread(target=self._follow, daemon=True).start()
+        if not self._begun.wait(30):
+            raise Unhealthy("The load generator runs but says nothing.", f"Look with `lab kubectl -n {self._namespace} logs {self._name}`.")
+        return self
+
+    def _follow(self) -> None:
+        api = client.CoreV1Api()
+        seen = 0
+        while not self._ended.is_set():
+            with contextlib.suppress(ApiException, HTTPError, OSError):
+                lines = api.read_namespaced_pod_log(self._name, self._namespace, follow=True, _preload_content=False)
+                pending = b""
+                number = 0
+                for chunk in lines.stream(4096):
+                    *whole, pending = (pending + chunk).split(b"\n")
+                    for line in whole:
+                        number += 1
+                        if number > seen:
+                            seen = number
+                            self._take(json.loads(line))
+            time.sleep(0.05)
+
+    def _take(self, line: dict) -> None:
+        if "begin" in line:
+            self._begun.set()
+        elif "end" in line:
+            self._ended.set()
+        else:
+            self._lines.append(line)
+
+    def __exit__(self, *_: object) -> None:
+        """End the schedule, wait for the answers under way, fetch the rows and remove the Pod."""
+        api = client.CoreV1Api()
+        with contextlib.suppress(ApiException):
+            stream(
+                api.connect_get_namespaced_pod_exec,
+                self._name,
+                self._namespace,
+                command=["python3", "-c", "import os; os.kill(1, 15)"],
+                stdout=True,
+                stderr=True,
+                stdin=False,
+                tty=False,
+            )
+        self._ended.wait(20)
+        with contextlib.suppress(ApiException):
+            api.delete_namespaced_pod(self._name, self._namespace)
+
+    @property
+    def requests(self) -> pd.DataFrame:
+        """A row per request, in order: start (Unix s), seconds, status, version, pod, error, keep_alive, reused, ok."""
+        frame = pd.DataFrame(
+            list(self._lines), columns=["n", "start", "seconds", "status", "version", "pod", "error", "keep_alive", "reused"]
+        )
+        frame = frame.sort_values("n", ignore_index=True)
+        return frame.assign(ok=frame["error"].isna())

@@ -1,0 +1,159 @@
+"""What runs: each component, node and broker, its version, age, memory and address."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from lab import cluster, lifecycle, settings
+from lab.errors import NotRunning
+from lab.supervise import Supervisor
+
+VERSIONS = {"containerd": settings.CONTAINERD} | dict.fromkeys(
+    ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy"), settings.KUBERNETES
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of `lab status`.
+
+    Args:
+        name: The component, e.g. "node-1/kubelet" or "broker-2".
+        state: "running", or what it is instead.
+        version: Its version.
+        age: Seconds since it started.
+        memory: Resident bytes of its process.
+        address: Where it listens or lives.
+    """
+
+    name: str
+    state: str
+    version: str = ""
+    age: float = 0.0
+    memory: int = 0
+    address: str = ""
+
+    def as_dict(self) -> dict:
+        """The row for JSON."""
+        return asdict(self)
+
+
+def _rows(
+    prefix: str, supervisor: Supervisor, addresses: dict[str, str], versions: dict[str, str], processes: dict[str, psutil.Process]
+) -> list[Row]:
+    rows = []
+    for told in supervisor.processes():
+        process = processes.get(told["name"])
+        try:
+            memory = process.memory_info().rss if process else 0
+        except psutil.Error:
+            memory = 0
+        name = told["name"]
+        running = told["statename"] == "RUNNING"
+        rows.append(
+            Row(
+                f"{prefix}{name}",
+                "running" if running else told["statename"].lower(),
+                versions.get(name, ""),
+                time.time() - told["start"] if running else 0.0,
+                memory,
+                addresses.get(name, ""),
+            )
+        )
+    return rows
+
+
+def collect() -> list[Row]:
+    """Every component of the running lab; empty when none is up."""
+    lab = settings.find()
+    if lab is None:
+        return []
+    state = Path(lab.state)
+    control = lifecycle.supervisor(state)
+    if not control.running():
+        return [Row("lab", "dead: its processes are gone; `lab up` starts it again", address=lab.state)]
+    machines = cluster.machines(state, lab.subnet, lab.nodes) if lab.subnet else []
+    versions = VERSIONS | {"etcd": _etcd_version(Path(lab.cache))} | {f"broker-{number}": settings.KAFKA for number in settings.BROKER_IDS}
+    ports = dict(zip((f"broker-{number}" for number in settings.BROKER_IDS), lab.bootstrap.split(","), strict=False))
+    on_host = {told["name"]: told["pid"] for told in control.processes() if told["pid"]}
+    rows = []
+    for row in _rows("", control, ports, versions, {name: psutil.Process(pid) for name, pid in on_host.items() if psutil.pid_exists(pid)}):
+        machine = next((one for one in machines if one.name == row.name), None)
+        if machine is None:
+            rows.append(row)
+            continue
+        rows.append(Row(row.name, row.state, "", row.age, _tree(on_host.get(row.name)), machine.address))
+        addresses = {
+            "kube-apiserver": cluster.server(lab.subnet),
+            "etcd": "https://127.0.0.1:2379 inside",
+            "kubelet": f"{machine.address}:10250",
+        }
+        try:
+            children = psutil.Process(lifecycle.init_pid(state, machine.name)).children()
+        except (psutil.Error, NotRunning):
+            children = []
+        named = {child.name()[:15]: child for child in children}
+        within = {told["name"]: named.get(told["name"][:15]) for told in machine.supervisor.processes()}
+        rows += _rows(f"{machine.name}/", machine.supervisor, addresses, versions, {name: child for name, child in within.items() if child})
+    return rows
+
+
+def _tree(pid: int | None) -> int:
+    """Resident bytes of a process and all below it."""
+    total = 0
+    try:
+        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)] if pid else []:
+            total += process.memory_info().rss
+    except psutil.Error:
+        pass
+    return total
+
+
+def _etcd_version(cache: Path) -> str:
+    program = next(iter(sorted(cache.glob("cluster-*/etcd"))), None)
+    if program is None:
+        return ""
+    told = subprocess.run([program, "--version"], capture_output=True, text=True).stdout.split()
+    return told[2] if len(told) > 2 else ""
+
+
+def logs() -> dict[str, Path]:
+    """The log of each component by its name; where no lab is up, those of the last one that failed to come up."""
+    lab = settings.find()
+    if lab is None:
+        return {path.stem: path for path in (settings.cache() / "failed").glob("*.log")}
+    state = Path(lab.state)
+    found = {path.stem: path for path in state.glob("host/log/*.log")}
+    found |= {f"{path.relative_to(state).parts[0]}/{path.stem}": path for path in state.glob("*/var/supervisor/log/*.log")}
+    return found
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{seconds:.0f}s"
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """Print the rows as a table."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("component", "state", "version", "age", "memory", "address"):
+        table.add_column(heading, justify="right" if heading in ("age", "memory") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.name,
+            row.state,
+            row.version,
+            _age(row.age) if row.age else "",
+            f"{row.memory / 1e6:.0f} MB" if row.memory else "",
+            row.address,
+        )
+    console.print(table)
