@@ -16,7 +16,7 @@ from lab import settings
 from lab.errors import LabError, NotRunning
 from lab.report import Report
 
-KEPT_FOR_ROOT = ("HOME", "LAB_CACHE", "LAB_STATE", "XDG_CACHE_HOME", "PATH")
+KEPT_FOR_ROOT = ("HOME", "LAB_CACHE", "LAB_INSTANCE", "XDG_CACHE_HOME", "PATH")
 
 
 class Command(click.Group):
@@ -56,7 +56,7 @@ def _as_root() -> None:
 
 
 def _root_lab() -> bool:
-    return settings.SYSTEM_STATE.exists() and not os.environ.get("LAB_STATE")
+    return settings.SYSTEM_STATE.exists()
 
 
 @main.command()

@@ -213,7 +213,7 @@ def _kubelet(machine: Machine) -> dict:
         "tlsPrivateKeyFile": "/etc/kubernetes/pki/kubelet.key",
         "healthzBindAddress": "127.0.0.1",
         "cgroupDriver": "cgroupfs",
-        "cgroupRoot": f"/by-experiment/{machine.name}",
+        "cgroupRoot": f"/{settings.FULL_NAME}/{machine.name}",
         "failCgroupV1": False,
         "failSwapOn": False,
         "enforceNodeAllocatable": ["pods"],

@@ -12,12 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import network
+from lab import network, settings
 from lab.supervise import Program, Supervisor
 
 INIT = Path(__file__).with_name("machine-init")
 CGROUPS = Path("/sys/fs/cgroup")
-CGROUP = "by-experiment"
 SUPERVISOR_INSIDE = Path("/var/supervisor")
 HOST_FILES = ("passwd", "group", "nsswitch.conf", "ld.so.cache", "localtime", "protocols", "services")
 
@@ -85,6 +84,7 @@ class Machine:
                 "--kill-child=KILL",
                 "/bin/sh",
                 str(INIT),
+                settings.FULL_NAME,
                 self.name,
                 str(self.folder),
                 str(binaries),
@@ -101,7 +101,7 @@ def cgroups(name: str = "") -> list[Path]:
     roots = [CGROUPS] if (CGROUPS / "cgroup.controllers").exists() else sorted(CGROUPS.glob("*"))
     found: list[Path] = []
     for root in dict.fromkeys(path.resolve() for path in roots):
-        top = root / CGROUP / name
+        top = root / settings.FULL_NAME / name
         found += [Path(folder) for folder, _, _ in os.walk(top, topdown=False)]
     return found
 
@@ -109,7 +109,7 @@ def cgroups(name: str = "") -> list[Path]:
 def memory(name: str) -> int:
     """Bytes charged to the machine's cgroup, page cache left out; 0 when it is not there."""
     total = 0
-    for base in (CGROUPS / CGROUP / name, CGROUPS / "memory" / CGROUP / name):
+    for base in (CGROUPS / settings.FULL_NAME / name, CGROUPS / "memory" / settings.FULL_NAME / name):
         try:
             stat = dict(line.split() for line in (base / "memory.stat").read_text().splitlines())
         except OSError:

@@ -14,8 +14,8 @@ from pathlib import Path
 from lab import settings
 from lab.errors import MissingPrerequisite, Occupied
 
-PREFIX = "bx-"
-HOST_LINK = "bx0"
+PREFIX = f"bx{settings.INSTANCE}-"
+HOST_LINK = f"bx{settings.INSTANCE or 0}"
 SWITCH = PREFIX + "switch"
 NAMESPACES = Path("/run/netns")
 

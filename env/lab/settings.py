@@ -9,6 +9,12 @@ from pathlib import Path
 
 NAME = "by-experiment"
 
+INSTANCE = os.environ.get("LAB_INSTANCE", "")
+"""Tells labs on one machine apart, e.g. "2": a lab of another instance has its own state, links, cgroups and ports. Usually empty."""
+if INSTANCE and INSTANCE not in set("123456789"):
+    raise SystemExit(f"lab: LAB_INSTANCE={INSTANCE!r} is not understood. Leave it unset, or write one digit from 1 to 9.")
+FULL_NAME = NAME + INSTANCE
+
 KUBERNETES = "1.37.2"
 CONTAINERD = "2.4.2"
 KAFKA = "4.4.0"
@@ -17,7 +23,7 @@ ENV = Path(__file__).resolve().parent.parent
 """The folder `env/` of this checkout."""
 CHECKOUT = ENV.parent
 
-BROKER_PORT = 19092
+BROKER_PORT = 19092 + 1000 * int(INSTANCE or 0)
 """Loopback port of broker 1; brokers 2 and 3 follow. The controllers' ports are 100 above, the Pods' 200 above."""
 BROKER_IDS = (1, 2, 3)
 
@@ -36,19 +42,17 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / NAME
 
 
-SYSTEM_STATE = Path("/var/lib") / NAME
+SYSTEM_STATE = Path("/var/lib") / FULL_NAME
 """State of a lab started by root. Short: Unix sockets live below it, and their paths end at 107 bytes."""
 
 
 def user_state() -> Path:
     """State of a lab without root: brokers only."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / NAME
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / FULL_NAME
 
 
 def state() -> Path:
     """The state folder that a command started by this user works on."""
-    if override := os.environ.get("LAB_STATE"):
-        return Path(override)
     return SYSTEM_STATE if os.geteuid() == 0 else user_state()
 
 
@@ -94,8 +98,7 @@ class Lab:
 
 def find() -> Lab | None:
     """The lab of this machine that this user can reach, or None: the system's first, then the user's own."""
-    places = [Path(os.environ["LAB_STATE"])] if os.environ.get("LAB_STATE") else [SYSTEM_STATE, user_state()]
-    for place in places:
+    for place in (SYSTEM_STATE, user_state()):
         try:
             return Lab(**json.loads((place / "lab.json").read_text()))
         except (OSError, ValueError, TypeError):
