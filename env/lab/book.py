@@ -176,7 +176,7 @@ class ThisBuild(SphinxDirective):
         return [Placeholder(table=self.arguments[0])]
 
 
-class FillIn(SphinxPostTransform):
+class Tables(SphinxPostTransform):
     """Puts the tables in."""
 
     default_priority = 8
@@ -192,7 +192,7 @@ def build_table(env: BuildEnvironment) -> tuple[list[str], list[list[str | nodes
     """The machine and the moment of this build."""
     facts = machine() if executing(env.config) else {key: value for key, value in machine().items() if key not in ("kubernetes", "kafka")}
     rows = [["Built", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"], ["Commit", commit()]]
-    return ["", "This build"], [*rows, *([key.capitalize(), value] for key, value in facts.items())]
+    return ["What", "This build"], [*rows, *([key.capitalize(), value] for key, value in facts.items())]
 
 
 def notebook_table(env: BuildEnvironment) -> tuple[list[str], list[list[str | nodes.Node]]]:
@@ -269,6 +269,13 @@ def add_banner(app: Sphinx, page: str, template: str, context: dict[str, Any], d
     context["theme_announcement"] = f"Built from stored outputs of {when}, not executed in this build."
 
 
+def drop_thebe(app: Sphinx, config: Config) -> None:
+    """Take away the scripts that Jupyter Book adds for running cells on a far server; handler of `config-inited`."""
+    for listener in [one for event in app.events.listeners.values() for one in event]:
+        if listener.handler.__module__ == "sphinx_thebe" and listener.handler.__name__ in ("init_thebe_core", "update_thebe_context"):
+            app.disconnect(listener.id)
+
+
 def slim_icons(app: Sphinx, error: Exception | None) -> None:
     """Keep of the theme's icon font only what the pages show: 3 KB instead of 156; handler of `build-finished`."""
     static = Path(app.outdir, "_static")
@@ -294,8 +301,9 @@ def setup(app: Sphinx) -> dict[str, Any]:
     progress = Progress()
     app.add_node(Placeholder)
     app.add_directive("this-build", ThisBuild)
-    app.add_post_transform(FillIn)
+    app.add_post_transform(Tables)
     app.connect("config-inited", add_versions)
+    app.connect("config-inited", drop_thebe)
     app.connect("source-read", progress.begin)
     app.connect("doctree-read", progress.end)
     app.connect("build-finished", lambda app, error: progress.open.close())

@@ -1,0 +1,20 @@
+"""Style and spelling of everything in the checkout, code and prose."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ruff", "check", "--no-cache", "."],
+        ["ruff", "format", "--no-cache", "--check", "--diff", "."],
+        ["codespell_lib"],
+    ],
+    ids=["ruff", "format", "spelling"],
+)
+def test_clean(command: list[str], pytestconfig: pytest.Config) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=pytestconfig.rootpath, capture_output=True, text=True)
+    assert done.returncode == 0, f"\n{done.stdout}{done.stderr}"

@@ -1,0 +1,69 @@
+"""The site, built from the stored outputs, served on loopback, in a real browser."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+ROOT = Path(__file__).parents[2]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+OFFLINE = ("--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a fresh build."""
+    into = tmp_path_factory.mktemp("build")
+    command = [sys.executable, "-m", "lab.book", "build", "--stored", "--into", str(into)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"\n{done.stdout}{done.stderr}"
+    return into / "html"
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def address(site: Path) -> Iterator[str]:
+    """Where the site is served."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=site)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def find_browser() -> str:
+    """The path of Chromium or Chrome; Debian's package is installed where that can be. Empty if there is none."""
+    if found := next(filter(None, map(shutil.which, BROWSERS)), None):
+        return found
+    become = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    if not shutil.which("apt-get") or (become and subprocess.run([*become, "true"], capture_output=True).returncode):
+        return ""
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", "chromium"]):
+        subprocess.run([*become, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--quiet=2", *command], capture_output=True)
+    return shutil.which("chromium") or ""
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Chromium, which asks nobody but the page's own server."""
+    path = find_browser()
+    if not path:
+        pytest.skip("No browser: neither Chromium nor Chrome is here, and apt-get cannot install one.")
+    with sync_playwright() as playwright:
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=path, args=[*OFFLINE, "--disable-gpu", *sandbox])
+        yield browser
+        browser.close()

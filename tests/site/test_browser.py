@@ -1,0 +1,98 @@
+"""Every page as a reader meets it: on a phone and a laptop, in the light and in the dark, offline."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, Request
+
+ROOT = Path(__file__).parents[2]
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
+PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
+WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+"""The rules of https://www.w3.org/TR/WCAG22/, levels A and AA, as axe-core tags them."""
+HEAVIEST = 300_000
+"""Bytes of a page with all that it loads, compressed."""
+
+
+@pytest.fixture(params=PAGES)
+def name(request: pytest.FixtureRequest) -> str:
+    return f"{request.param}.html"
+
+
+@pytest.fixture
+def open_page(browser: Browser, address: str) -> Iterator[Callable[..., Page]]:
+    """Opens a page of the site.
+
+    Console errors, failed requests and requests to elsewhere gather in `page.complaints`; the compressed size of each
+    file that it loads, in bytes, in `page.weights`.
+    """
+    contexts = []
+
+    def opened(name: str, scheme: str = "light", width: int = 1280) -> Page:
+        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}, permissions=["clipboard-read"])
+        contexts.append(context)
+        page = context.new_page()
+        page.complaints, page.weights = [], {}
+
+        def weigh(request: Request) -> None:
+            if not request.url.startswith((address, "data:")):
+                page.complaints.append(f"asked elsewhere: {request.url}")
+                return
+            if (response := request.response()) and response.status < 400:
+                body = response.body()
+                page.weights[request.url] = len(body if request.url.endswith((".png", ".woff2")) else gzip.compress(body))
+            else:
+                page.complaints.append(f"failed: {request.url}")
+
+        page.on("console", lambda message: page.complaints.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.on("requestfailed", weigh)
+        page.on("requestfinished", weigh)
+        page.goto(address + name, wait_until="networkidle")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_loads_without_complaint_and_fits(open_page: Callable[..., Page], name: str, width: int) -> None:
+    page = open_page(name, width=width)
+    assert page.complaints == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("[...document.images].filter(image => !image.naturalWidth).map(image => image.src)") == []
+    assert len(page.weights) > 5
+    assert sum(page.weights.values()) < HEAVIEST, "\n".join(f"{size:8} {url}" for url, size in page.weights.items())
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_accessible(open_page: Callable[..., Page], name: str, scheme: str, tmp_path: Path) -> None:
+    page = open_page(name, scheme=scheme)
+    page.screenshot(path=tmp_path / "page.png")
+    brightness = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => +a + +b, 0)")
+    assert (brightness > 600) if scheme == "light" else (brightness < 150)
+    found = Axe().run(page, options={"runOnly": WCAG})
+    assert found.violations_count == 0, found.generate_report()
+
+
+def test_search_finds_a_lesson(open_page: Callable[..., Page]) -> None:
+    page = open_page("search.html?q=partition")
+    page.wait_for_selector("#search-results li a")
+    assert page.locator("#search-results li a").count() >= 1
+    assert page.complaints == []
+
+
+def test_copy_takes_the_code_alone(open_page: Callable[..., Page]) -> None:
+    page = open_page(next(name for name in PAGES if name.startswith("notebooks/")) + ".html")
+    cell = page.locator(".cell_input").first
+    cell.hover()
+    cell.locator("button.copybtn").click()
+    assert page.evaluate("navigator.clipboard.readText()").strip() == cell.locator("pre").inner_text().strip()
+    assert page.locator(".cell_output button.copybtn").count() == 0
