@@ -166,9 +166,8 @@ def _build(report: Report) -> None:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         process = run("build", "-v", "-trimpath", "-ldflags", FLAGS, "-o", f"{draft}/", "tool")
-        last, compiled = [], 0
-        for line in process.stdout:
-            compiled += 1
+        last: list[str] = []
+        for compiled, line in enumerate(process.stdout, 1):
             last = [*last[-4:], line.strip()]
             step.progress(compiled, len(stale), "packages")
         if process.wait():

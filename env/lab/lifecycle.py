@@ -185,13 +185,14 @@ def _start(report: Report, state: Path, *, nodes: int, with_brokers: bool) -> La
     control = supervisor(state)
     bridge = network.address(subnet, 1) if subnet else None
     machines = cluster.machines(state, subnet, names) if nodes else []
+    store = cluster.image_store(report) if nodes else Path()
     if not resumed:
         with report.step("Write certificates and configuration"):
             state.mkdir(parents=True, exist_ok=True)
             state.chmod(0o755)
             control.folder.mkdir()
             if nodes:
-                cluster.install(state, subnet, names, owner)
+                cluster.install(state, subnet, names, owner, store)
             programs = [one.program(binaries.folder()) for one in machines]
             programs += brokers.programs(state, bridge) if with_brokers else []
             control.write(programs, owner)
@@ -221,7 +222,7 @@ def _start(report: Report, state: Path, *, nodes: int, with_brokers: bool) -> La
 
 
 def _wait_cluster(report: Report, lab: Lab) -> None:
-    kubectl = functools.partial(cluster.kubectl, binaries.folder(), lab.kubeconfig)
+    kubectl = functools.partial(cluster.kubectl, lab.kubeconfig)
 
     def until(what: str, limit: float, *arguments: str, wanted=lambda done: done.returncode == 0) -> None:
         end = time.monotonic() + limit
@@ -233,27 +234,15 @@ def _wait_cluster(report: Report, lab: Lab) -> None:
                 )
             time.sleep(0.1)
 
-    with ThreadPoolExecutor() as pool:
-        imports = [pool.submit(_import, Path(lab.state), name, report) for name in lab.nodes]
-        with report.step("The API server answers"):
-            until("The API server", 60, "get", "--raw=/readyz")
-        cluster.apply_manifests(kubectl)
-        with report.step(f"{len(lab.nodes)} node(s) Ready"):
-            condition = "-o=jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}"
-            until("Ready nodes", 60, "get", "nodes", condition, wanted=lambda done: done.stdout.split() == ["True"] * len(lab.nodes))
-        for job in imports:
-            job.result()
-        with report.step("Cluster DNS answers"):
-            until(
-                "The cluster's DNS",
-                60,
-                "-n=kube-system",
-                "get",
-                "deployment",
-                "coredns",
-                "-o=jsonpath={.status.availableReplicas}",
-                wanted=lambda done: done.stdout in ("1", "2"),
-            )
+    with report.step("The API server answers"):
+        until("The API server", 60, "get", "--raw=/readyz")
+    cluster.apply_manifests(kubectl)
+    with report.step(f"{len(lab.nodes)} node(s) Ready"):
+        condition = "-o=jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}"
+        until("Ready nodes", 60, "get", "nodes", condition, wanted=lambda done: done.stdout.split() == ["True"] * len(lab.nodes))
+    with report.step("Cluster DNS answers"):
+        available = ("-n=kube-system", "get", "deployment", "coredns", "-o=jsonpath={.status.availableReplicas}")
+        until("The cluster's DNS", 60, *available, wanted=lambda done: done.stdout in ("1", "2"))
 
 
 def init_pid(state: Path, name: str) -> int:
@@ -271,26 +260,6 @@ def init_pid(state: Path, name: str) -> int:
             if children:
                 return children[0].pid
     raise NotRunning(f"{name} is not running.", "See `lab status`.")
-
-
-def _import(state: Path, name: str, report: Report) -> None:
-    done = state / name / "var" / "images-imported"
-    archives = [images.system_archive(report), images.demo_archive(report)]
-    wanted = " ".join(archive.name for archive in archives)
-    if done.exists() and done.read_text() == wanted:
-        return
-    end = time.monotonic() + 20
-    while True:
-        try:
-            pid = init_pid(state, name)
-            break
-        except NotRunning:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
-    for archive in archives:
-        cluster.import_images(pid, archive)
-    done.write_text(wanted)
 
 
 def down(report: Report, *, purge: bool = False, force: bool = False) -> None:
