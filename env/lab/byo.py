@@ -155,9 +155,8 @@ def check_brokers(servers: str) -> str:
     Raises:
         NotRunning: None of them answers.
     """
-    from kafka.errors import KafkaError
-
     from kafka import KafkaAdminClient
+    from kafka.errors import KafkaError
 
     try:
         with closing(KafkaAdminClient(bootstrap_servers=servers.split(","), bootstrap_timeout_ms=5000)) as admin:

@@ -52,7 +52,7 @@ def _as_root() -> None:
     kept = [f"{name}={os.environ[name]}" for name in KEPT_FOR_ROOT if name in os.environ]
     cache = [] if "LAB_CACHE" in os.environ else [f"LAB_CACHE={settings.cache()}"]
     sys.stdout.flush()
-    os.execvp("sudo", ["sudo", "env", *kept, *cache, sys.executable, "-m", "lab", *sys.argv[1:]])
+    os.execvp("sudo", ["sudo", "env", "PYTHONDONTWRITEBYTECODE=1", *kept, *cache, sys.executable, "-m", "lab", *sys.argv[1:]])
 
 
 def _root_lab() -> bool:
@@ -95,7 +95,7 @@ def down(purge: bool, force: bool) -> None:
     """Take the lab down; nothing of it stays but the cache."""
     from lab import lifecycle
 
-    if _root_lab():
+    if _root_lab() or (purge and any(settings.cache().glob("store-*"))):
         _as_root()
     lifecycle.down(Report(), purge=purge, force=force)
 

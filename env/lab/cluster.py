@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
+import ssl
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -82,7 +84,10 @@ def install(state: Path, subnet: str, nodes: list[str], owner: tuple[int, int], 
     folder.joinpath("pki", "sa.pub").write_bytes(public)
     pki.write_private(folder / "controller-manager.conf", kubeconfig("system:kube-controller-manager"))
     pki.write_private(folder / "scheduler.conf", kubeconfig("system:kube-scheduler"))
-    pki.write_private(state / "kubeconfig", kubeconfig("admin", "system:masters"), owner)
+    admin = ca.issue("admin", "system:masters")
+    pki.write_private(state / "kubeconfig", pki.kubeconfig(url, ca, "admin", admin), owner)
+    admin.write(state / "admin", "admin")
+    (state / "admin" / "ca.crt").write_bytes(ca.certificate)
     control_plane.install(_control_plane_programs(control_plane), owner)
 
     for worker in workers:
@@ -175,6 +180,9 @@ def _control_plane_programs(machine: Machine) -> list[Program]:
         root_ca_file=f"{pki_folder}/ca.crt",
         cluster_cidr=settings.POD_CIDR,
         allocate_node_cidrs="false",
+        kube_api_qps="200",
+        kube_api_burst="400",
+        flex_volume_plugin_dir="/var/lib/flexvolume",
     )
     scheduler = _flags(
         "kube-scheduler", kubeconfig="/etc/kubernetes/scheduler.conf", bind_address="127.0.0.1", leader_elect="false", profiling="false"
@@ -377,6 +385,47 @@ def kubectl(kubeconfig: str | Path, *arguments: str, stdin: str | None = None, t
         text=True,
         timeout=timeout,
     )
+
+
+class Api:
+    """The API server as `lab up` asks it, many times a second: one connection, no kubectl to start each time.
+
+    Args:
+        state: The lab's state folder.
+        subnet: The bridge's subnet.
+    """
+
+    def __init__(self, state: Path, subnet: str) -> None:
+        folder = state / "admin"
+        context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+        context.load_cert_chain(folder / "admin.crt", folder / "admin.key")
+        self._connection = http.client.HTTPSConnection(network.address(subnet, 2), API_PORT, timeout=5, context=context)
+
+    def get(self, path: str) -> bytes | None:
+        """What a path answers with status 200, else None."""
+        try:
+            self._connection.request("GET", path)
+            response = self._connection.getresponse()
+            body = response.read()
+        except (OSError, http.client.HTTPException):
+            self._connection.close()
+            return None
+        return body if response.status == 200 else None
+
+    def ready(self) -> bool:
+        """Whether the API server is ready."""
+        return self.get("/readyz") is not None
+
+    def nodes_ready(self, count: int) -> bool:
+        """Whether `count` nodes are Ready."""
+        listed = json.loads(self.get("/api/v1/nodes") or b'{"items": []}')["items"]
+        conditions = [one for node in listed for one in node["status"].get("conditions", []) if one["type"] == "Ready"]
+        return sum(one["status"] == "True" for one in conditions) == count
+
+    def dns_ready(self) -> bool:
+        """Whether a Pod of CoreDNS is Ready."""
+        found = json.loads(self.get("/apis/apps/v1/namespaces/kube-system/deployments/coredns") or b"{}")
+        return bool(found.get("status", {}).get("availableReplicas"))
 
 
 def apply_manifests(run: Callable[..., subprocess.CompletedProcess]) -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -208,41 +208,38 @@ def _start(report: Report, state: Path, *, nodes: int, with_brokers: bool) -> La
         bootstrap_pods=brokers.bootstrap_pods(bridge) if with_brokers and bridge else "",
         started=time.time(),
     )
-    lab.save()
     if nodes:
         with report.step("Lay the network"):
             network.up(subnet, {one.name: one.address for one in machines}, cluster.pod_subnets(names))
     control.start({MARK: str(state)})
+    for one in machines:
+        one.supervisor.wait_running(20)
     if nodes:
         _wait_cluster(report, lab)
     if with_brokers:
         with report.step("Three Kafka brokers in one quorum"):
             brokers.wait_ready(90)
+    lab.save()
     return lab
 
 
 def _wait_cluster(report: Report, lab: Lab) -> None:
-    kubectl = functools.partial(cluster.kubectl, lab.kubeconfig)
+    api = cluster.Api(Path(lab.state), lab.subnet)
 
-    def until(what: str, limit: float, *arguments: str, wanted=lambda done: done.returncode == 0) -> None:
+    def until(what: str, limit: float, holds: Callable[[], bool]) -> None:
         end = time.monotonic() + limit
-        while not wanted(kubectl(*arguments)):
+        while not holds():
             if time.monotonic() > end:
-                said = kubectl(*arguments)
-                raise Unhealthy(
-                    f"{what} did not come within {limit:.0f} s: {(said.stderr or said.stdout).strip()[-200:]}", "See `lab logs`."
-                )
-            time.sleep(0.1)
+                raise Unhealthy(f"{what} did not come within {limit:.0f} s.", "`lab logs` lists what each component said.")
+            time.sleep(0.05)
 
     with report.step("The API server answers"):
-        until("The API server", 60, "get", "--raw=/readyz")
-    cluster.apply_manifests(kubectl)
+        until("The API server's answer", 60, api.ready)
+    cluster.apply_manifests(functools.partial(cluster.kubectl, lab.kubeconfig))
     with report.step(f"{len(lab.nodes)} node(s) Ready"):
-        condition = "-o=jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}"
-        until("Ready nodes", 60, "get", "nodes", condition, wanted=lambda done: done.stdout.split() == ["True"] * len(lab.nodes))
+        until("The nodes' readiness", 60, lambda: api.nodes_ready(len(lab.nodes)))
     with report.step("Cluster DNS answers"):
-        available = ("-n=kube-system", "get", "deployment", "coredns", "-o=jsonpath={.status.availableReplicas}")
-        until("The cluster's DNS", 60, *available, wanted=lambda done: done.stdout in ("1", "2"))
+        until("The cluster's DNS", 60, api.dns_ready)
 
 
 def init_pid(state: Path, name: str) -> int:

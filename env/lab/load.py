@@ -14,12 +14,16 @@ from kubernetes.client import ApiException
 from kubernetes.stream import stream
 from urllib3.exceptions import HTTPError
 
+from lab import checks
 from lab.errors import Unhealthy
 from lab.images import UNPRIVILEGED
 
+SETTLED = 1.0
+"""Seconds of requests before a block and after it, so that what happens in it is seen whole."""
+
 
 class Load:
-    """Requests on a fixed schedule, from a Pod, from the start of its block to the end.
+    """Requests on a fixed schedule, from a Pod: from a second before its block until a second after it.
 
     Args:
         namespace: Where the Pod runs.
@@ -29,6 +33,10 @@ class Load:
         limit: Seconds after which it ends by itself.
         timeout: Seconds after which a request has failed.
         keep_alive: "none", "all" or "half".
+
+    Attributes:
+        begin: When the block began (Unix s).
+        end: When the block ended (Unix s).
     """
 
     def __init__(self, namespace: str, image: str, url: str, *, period: float, limit: float, timeout: float, keep_alive: str) -> None:
@@ -37,9 +45,11 @@ class Load:
         self._arguments = [url, f"--period={period}", f"--seconds={limit}", f"--timeout={timeout}", f"--keep-alive={keep_alive}"]
         self._lines: list[dict] = []
         self._begun, self._ended = threading.Event(), threading.Event()
+        self._settled = max(1, round(SETTLED / period))
+        self.begin = self.end = 0.0
 
     def __enter__(self) -> Load:
-        """Start the Pod and wait for its first request (60 s).
+        """Start the Pod and wait until it has sent requests for a second.
 
         Raises:
             Unhealthy: It did not start.
@@ -85,7 +95,12 @@ class Load:
         threading.Thread(target=self._follow, daemon=True).start()
         if not self._begun.wait(30):
             raise Unhealthy("The load generator runs but says nothing.", f"Look with `lab kubectl -n {self._namespace} logs {self._name}`.")
+        self._await(self._settled)
+        self.begin = time.time()
         return self
+
+    def _await(self, count: int) -> None:
+        checks.wait(f"{count} answers to the load generator", lambda: len(self._lines) >= count or self._ended.is_set(), every=0.02)
 
     def _follow(self) -> None:
         api = client.CoreV1Api()
@@ -112,9 +127,12 @@ class Load:
         else:
             self._lines.append(line)
 
-    def __exit__(self, *_: object) -> None:
-        """End the schedule, wait for the answers under way, fetch the rows and remove the Pod."""
+    def __exit__(self, error: type | None, *_: object) -> None:
+        """Let the requests of one more second pass, wait for the answers under way, fetch the rows and remove the Pod."""
         api = client.CoreV1Api()
+        self.end = time.time()
+        if error is None:
+            self._await(len(self._lines) + self._settled)
         with contextlib.suppress(ApiException):
             stream(
                 api.connect_get_namespaced_pod_exec,

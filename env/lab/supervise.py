@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import xmlrpc.client
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,9 +127,21 @@ class Supervisor:
             process = subprocess.Popen(
                 self.command, stdin=null, stdout=null, stderr=null, cwd="/", env={**os.environ, **environment}, start_new_session=True
             )
-        end = time.monotonic() + 10
+        self.wait_running(10, alive=lambda: process.poll() is None)
+
+    def wait_running(self, limit: float, alive: Callable[[], bool] = lambda: True) -> None:
+        """Wait until supervisord answers. Asking wakes it, so that it starts its programs at once and not after its tick of a second.
+
+        Args:
+            limit: Seconds.
+            alive: Whether there is still something to wait for.
+
+        Raises:
+            Unhealthy: It ended, or did not answer within the limit.
+        """
+        end = time.monotonic() + limit
         while not self.running():
-            if process.poll() is not None or time.monotonic() > end:
+            if not alive() or time.monotonic() > end:
                 raise Unhealthy(f"supervisord did not start in {self.folder}.", f"Read {self.folder / 'log' / 'supervisord.log'}.")
             time.sleep(0.02)
 

@@ -1,10 +1,10 @@
 """One request every so often, for a while; each outcome is a line of JSON on standard output.
 
-python3 client.py URL --period SECONDS --seconds SECONDS [--timeout SECONDS] [--keep-alive all|none|half]
+python3 client.py URL --period SECONDS --seconds SECONDS [--timeout SECONDS] [--keep-alive all|none|half] [--pool CONNECTIONS]
 
 Requests start on a fixed schedule, whatever the ones before them do (an open loop): a slow answer delays
-no other request. With keep-alive a request takes the connection that has rested longest; without, it opens
-one of its own. Ends early, with everything reported, on SIGTERM.
+no other request. With keep-alive a request takes, from a pool, the connection that has rested longest, as a
+gateway does; without, it opens one of its own. Nothing is tried twice. Ends early, with everything reported, on SIGTERM.
 """
 
 import argparse
@@ -26,10 +26,12 @@ def main():
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--timeout", type=float, default=2.0)
     parser.add_argument("--keep-alive", choices=("all", "none", "half"), default="half")
+    parser.add_argument("--pool", type=int, default=6)
     arguments = parser.parse_args()
     url = urlsplit(arguments.url)
     path = url.path or "/"
     resting = collections.deque()
+    kept = 0
     lock = threading.Lock()
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
@@ -37,15 +39,29 @@ def main():
     def connect():
         return http.client.HTTPConnection(url.hostname, url.port or 80, timeout=arguments.timeout)
 
+    def take():
+        nonlocal kept
+        with lock:
+            if resting and kept >= arguments.pool:
+                return resting.popleft()
+            kept += 1
+        return None
+
+    def give_back(connection, usable):
+        nonlocal kept
+        with lock:
+            if usable:
+                resting.append(connection)
+            else:
+                kept -= 1
+
     def request(number, keep):
         record = {"n": number, "start": time.time(), "keep_alive": keep}
-        connection = None
+        connection = take() if keep else None
+        record["reused"] = connection is not None
+        connection = connection or connect()
+        usable = False
         try:
-            if keep:
-                with lock:
-                    connection = resting.popleft() if resting else None
-            record["reused"] = connection is not None
-            connection = connection or connect()
             began = time.perf_counter()
             connection.request("GET", path, headers={} if keep else {"Connection": "close"})
             response = connection.getresponse()
@@ -53,16 +69,14 @@ def main():
             record["seconds"] = time.perf_counter() - began
             record["status"] = response.status
             record |= json.loads(body) if response.status == 200 else {"error": f"HTTP {response.status}"}
-            if keep and not response.will_close:
-                with lock:
-                    resting.append(connection)
-            else:
-                connection.close()
+            usable = keep and not response.will_close
         except (OSError, http.client.HTTPException, ValueError) as error:
             record["seconds"] = time.time() - record["start"]
             record["error"] = type(error).__name__
-            if connection:
-                connection.close()
+        if not usable:
+            connection.close()
+        if keep:
+            give_back(connection, usable)
         with lock:
             sys.stdout.write(json.dumps(record) + "\n")
             sys.stdout.flush()

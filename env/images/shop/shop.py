@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 VERSION = os.environ.get("VERSION", "dev")
 POD = os.environ.get("POD_NAME") or socket.gethostname()
 WORK = float(os.environ.get("WORK", "0.02"))
+QUIET = 0.3
 draining = threading.Event()
 
 
@@ -48,7 +49,7 @@ class Shop(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Counts its open connections, so that draining knows when it is done."""
+    """Counts its open connections from the moment it accepts them, so that draining knows when it is done."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -58,16 +59,29 @@ class Server(ThreadingHTTPServer):
         self.changed = threading.Condition()
         super().__init__(*arguments)
 
-    def process_request_thread(self, request, client_address):
-        """Serve one connection in its thread."""
+    def process_request(self, request, client_address):
+        """Count one connection and hand it to a thread of its own."""
         with self.changed:
             self.open += 1
+            self.changed.notify_all()
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request, client_address):
+        """Serve one connection in its thread."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             with self.changed:
                 self.open -= 1
                 self.changed.notify_all()
+
+    def drain(self, limit):
+        """Go on serving until no connection has been open for QUIET seconds, `limit` seconds at most."""
+        end = time.monotonic() + limit
+        with self.changed:
+            while self.changed.wait_for(lambda: self.open == 0, timeout=end - time.monotonic()):
+                if not self.changed.wait_for(lambda: self.open > 0, timeout=QUIET):
+                    break
 
     def handle_error(self, request, client_address):
         """A client that hangs up is no error of the shop's."""
@@ -101,8 +115,7 @@ def main():
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     print(f"shop {VERSION} listens", flush=True)
     ended.wait()
-    with server.changed:
-        server.changed.wait_for(lambda: server.open == 0, timeout=float(os.environ.get("DRAIN", "8")))
+    server.drain(float(os.environ.get("DRAIN", "8")))
     server.shutdown()
     print(f"shop {VERSION} ends with {server.open} connections open", flush=True)
 
