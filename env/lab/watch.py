@@ -15,7 +15,9 @@ from urllib3.exceptions import HTTPError
 
 
 class Watch:
-    """Records from the start of its block to the end. Times are Unix seconds, taken when the change arrived here.
+    """Records what is there at the start of its block and every change until its end.
+
+    Times are Unix seconds, taken when the news arrived here.
 
     Args:
         namespace: The namespace to watch.
@@ -25,6 +27,8 @@ class Watch:
         self._namespace = namespace
         self._pods: list[dict] = []
         self._slices: list[dict] = []
+        self._capacity: list[dict] = []
+        self._now: dict[str, tuple[str, list[client.V1Endpoint]]] = {}
         self._watches: list[watch.Watch] = []
         self._threads: list[threading.Thread] = []
         self._ended = False
@@ -33,7 +37,10 @@ class Watch:
         """Start watching."""
         core, discovery = client.CoreV1Api(), client.DiscoveryV1Api()
         for listing, record in ((core.list_namespaced_pod, self._pod), (discovery.list_namespaced_endpoint_slice, self._slice)):
-            version = listing(self._namespace).metadata.resource_version
+            found = listing(self._namespace)
+            for one in found.items:
+                record("ADDED", one, time.time())
+            version = found.metadata.resource_version
             self._watches.append(watch.Watch())
             self._threads.append(threading.Thread(target=self._run, args=(self._watches[-1], listing, version, record), daemon=True))
             self._threads[-1].start()
@@ -49,10 +56,10 @@ class Watch:
         while not self._ended:
             with contextlib.suppress(ApiException, HTTPError, OSError):
                 for event in stream.stream(listing, self._namespace, resource_version=version, timeout_seconds=300):
+                    if self._ended or event is None:
+                        break
                     record(event["type"], event["object"], time.time())
                     version = event["object"].metadata.resource_version
-                    if self._ended:
-                        return
 
     def _pod(self, kind: str, pod: client.V1Pod, at: float) -> None:
         status = next(iter(pod.status.container_statuses or []), None)
@@ -79,10 +86,13 @@ class Watch:
         )
 
     def _slice(self, kind: str, endpoints: client.V1EndpointSlice, at: float) -> None:
-        for endpoint in (endpoints.endpoints or []) if kind != "DELETED" else []:
+        service = (endpoints.metadata.labels or {}).get("kubernetes.io/service-name", "")
+        found = (endpoints.endpoints or []) if kind != "DELETED" else []
+        for endpoint in found:
             self._slices.append(
                 {
                     "time": at,
+                    "service": service,
                     "slice": endpoints.metadata.name,
                     "version": endpoints.metadata.resource_version,
                     "address": (endpoint.addresses or [""])[0],
@@ -92,6 +102,11 @@ class Watch:
                     "terminating": bool(endpoint.conditions.terminating),
                 }
             )
+        self._now[endpoints.metadata.name] = service, found
+        conditions = [one.conditions for of, those in self._now.values() if of == service for one in those]
+        ready = sum(bool(one.ready) for one in conditions)
+        serving = sum(bool(one.serving) for one in conditions)
+        self._capacity.append({"time": at, "service": service, "ready": ready, "serving": serving})
 
     @property
     def pods(self) -> pd.DataFrame:
@@ -100,8 +115,13 @@ class Watch:
 
     @property
     def endpoints(self) -> pd.DataFrame:
-        """A row per endpoint of each version of an EndpointSlice: time (s), slice, version, address, pod, ready, serving, terminating."""
+        """A row per endpoint of each version of an EndpointSlice: time (s), service, slice, version, address, pod and its conditions."""
         return pd.DataFrame(list(self._slices))
+
+    @property
+    def capacity(self) -> pd.DataFrame:
+        """A row per version of an EndpointSlice: time (s), service, and how many endpoints of the Service are ready and serving from then on."""
+        return pd.DataFrame(list(self._capacity))
 
 
 def _unix(moment: datetime.datetime | None) -> float | None:
