@@ -1,5 +1,5 @@
 # `make` prints what there is to do. Recipes name relative paths only: make cannot hold a path with a space in it.
-.PHONY: help setup lab book site notebooks test lint links requirements clean
+.PHONY: able help setup lab book site notebooks test lint links requirements clean
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH PYTHONHOME
@@ -18,8 +18,13 @@ lab: setup ## Start the lab and open JupyterLab on the notebooks
 	@$(bin)/lab up
 	@eval "$$($(bin)/lab env)" && exec $(bin)/jupyter lab --notebook-dir=notebooks
 
-book: setup ## Execute every notebook on the lab and build the site into _build/html
-	@$(bin)/lab doctor --quick || { echo "Without a lab: make site builds the pages from the stored outputs."; exit 1; }
+able: # In the first second, before anything is installed; `lab doctor --quick` then looks closer.
+	@[ -n "$$LAB_CLUSTER" ] || { [ "$$(uname)" = Linux ] && { [ "$$(id -u)" = 0 ] || command -v sudo >/dev/null; }; } || { echo \
+		"The embedded cluster needs Linux, and root or sudo. Name a cluster of your own with LAB_CLUSTER=context:NAME," \
+		"or build the site from the stored outputs: make site" >&2; exit 1; }
+
+book: able setup ## Execute every notebook on the lab and build the site into _build/html
+	@$(bin)/lab doctor --quick
 	@$(bin)/lab up
 	@$(bin)/python -m lab.book build
 

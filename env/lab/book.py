@@ -6,13 +6,12 @@ measured while building, and puts a banner on every page of a site that was buil
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -33,28 +32,37 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.console import nocolor
 from sphinx.util.docutils import SphinxDirective
 
-from lab import settings
-from lab.report import Report
+from lab import byo, settings
+from lab.cli import Command
+from lab.report import Report, Step
 
 CELL_LIMIT = 600
 """Seconds that one cell may take; `_config.yml` says the same for a build."""
 
 
 def machine() -> dict[str, str]:
-    """What this machine is: the facts under a measurement, in the order in which they are shown."""
+    """What notebooks run on here: the facts under a measurement, in the order in which they are shown.
+
+    Raises:
+        LabError: A cluster or brokers of your own do not answer.
+    """
     try:
         system = platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError):
-        system = f"{platform.system()} {platform.mac_ver()[0] or platform.release()}".strip()
-    return {
+        system = platform.system()
+    own, lab = byo.named(), settings.find()
+    embedded_cluster = f"{settings.KUBERNETES}, {len(lab.nodes)} nodes, embedded" if lab and lab.kubeconfig else ""
+    embedded_brokers = f"{settings.KAFKA}, {len(settings.BROKER_IDS)} brokers, embedded" if lab and lab.bootstrap else ""
+    facts = {
         "system": system,
         "kernel": f"{platform.system()} {platform.release()}",
         "processor": f"{platform.machine()}, {psutil.cpu_count()} cores",
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "python": platform.python_version(),
-        "kubernetes": os.environ.get("LAB_CLUSTER") or settings.KUBERNETES,
-        "kafka": os.environ.get("LAB_BROKERS") or settings.KAFKA,
+        "kubernetes": byo.check_cluster(own.cluster) if own.cluster else embedded_cluster,
+        "kafka": byo.check_brokers(own.brokers) if own.brokers else embedded_brokers,
     }
+    return {name: fact for name, fact in facts.items() if fact}
 
 
 def commit() -> str:
@@ -117,7 +125,7 @@ def store(notebook: Path, report: Report) -> bool:
     return True
 
 
-@click.group()
+@click.group(cls=Command)
 def main() -> None:
     """Build the book, or store outputs in its notebooks."""
 
@@ -190,9 +198,11 @@ class Tables(SphinxPostTransform):
 
 def build_table(env: BuildEnvironment) -> tuple[list[str], list[list[str | nodes.Node]]]:
     """The machine and the moment of this build."""
-    facts = machine() if executing(env.config) else {key: value for key, value in machine().items() if key not in ("kubernetes", "kafka")}
     rows = [["Built", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"], ["Commit", commit()]]
-    return ["What", "This build"], [*rows, *([key.capitalize(), value] for key, value in facts.items())]
+    return ["What", "This build"], [
+        *rows,
+        *([key.capitalize(), value] for key, value in machine().items() if executing(env.config) or key not in ("kubernetes", "kafka")),
+    ]
 
 
 def notebook_table(env: BuildEnvironment) -> tuple[list[str], list[list[str | nodes.Node]]]:
@@ -208,7 +218,7 @@ def notebook_table(env: BuildEnvironment) -> tuple[list[str], list[list[str | no
             rows.append([title, when, f"{run['runtime']:.0f} s" if run.get("succeeded") else "failed", "this one"])
         else:
             run = stored_run(Path(env.doc2path(name)))
-            where = ", ".join(run["machine"].values()) if run else ""
+            where = "; ".join(f"{name} {fact}" for name, fact in run["machine"].items()) if run else ""
             rows.append([title, long_date(run["date"]) if run else "unknown", f"{run['seconds']} s" if run else "", where])
     return ["Notebook", "Executed", "Run time", "Machine"], rows
 
@@ -235,21 +245,29 @@ class Progress:
 
     def __init__(self) -> None:
         self.report = Report()
-        self.open = ExitStack()
+        self.step: AbstractContextManager[Step] | None = None
 
     def begin(self, app: Sphinx, name: str, content: list[str]) -> None:
         """Open the line of the notebook that Sphinx is about to execute; handler of `source-read`."""
         path = Path(app.env.doc2path(name))
         if path.suffix == ".ipynb" and executing(app.config):
             run = stored_run(path)
-            self.open.enter_context(self.report.step(f"{name} ({run['seconds']} s the last time)" if run else name))
+            self.step = self.report.step(f"{name} ({run['seconds']} s the last time)" if run else name)
+            self.step.__enter__()
 
     def end(self, app: Sphinx, doctree: nodes.document) -> None:
         """Close that line; handler of `doctree-read`."""
-        run = NbMetadataCollector.get_doc_data(app.env)[app.env.docname].get("exec_data")
-        if run and not run["succeeded"]:
-            self.report(f"{run['traceback']}")
-        self.open.close()
+        run = NbMetadataCollector.get_doc_data(app.env)[app.env.docname].get("exec_data") or {}
+        failed = RuntimeError(run["error"]) if run.get("error") else None
+        self.close(failed)
+        if failed:
+            self.report(run["traceback"].rpartition("CellExecutionError: ")[2])
+
+    def close(self, error: Exception | None) -> None:
+        """Close the line that is open, if one is."""
+        if self.step:
+            self.step.__exit__(type(error) if error else None, error, None)
+            self.step = None
 
 
 def add_versions(app: Sphinx, config: Config) -> None:
@@ -306,7 +324,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("config-inited", drop_thebe)
     app.connect("source-read", progress.begin)
     app.connect("doctree-read", progress.end)
-    app.connect("build-finished", lambda app, error: progress.open.close())
+    app.connect("build-finished", lambda app, error: progress.close(error))
     app.connect("build-finished", slim_icons)
     app.connect("html-page-context", add_banner, priority=900)
     return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}
