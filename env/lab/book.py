@@ -39,9 +39,13 @@ from lab.report import Report, Step
 CELL_LIMIT = 600
 """Seconds that one cell may take; `_config.yml` says the same for a build."""
 
+FACTS = ("system", "kernel", "processor", "memory", "python", "kubernetes", "kafka")
+NAMED = {"python": "Python ", "kubernetes": "Kubernetes ", "kafka": "Kafka "}
+"""What stands before a fact that does not say itself what it is."""
+
 
 def machine() -> dict[str, str]:
-    """What notebooks run on here: the facts under a measurement, in the order in which they are shown.
+    """What notebooks run on here, the facts under a measurement: each of FACTS that there is.
 
     Raises:
         LabError: A cluster or brokers of your own do not answer.
@@ -68,7 +72,7 @@ def machine() -> dict[str, str]:
 def commit() -> str:
     """The checkout's commit, with a word if files differ from it, or "not a Git checkout"."""
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty= and changes", "--exclude=*"],
+        found = subprocess.run(["git", "describe", "--always", "--dirty=, changed", "--exclude=*"],
                                cwd=settings.CHECKOUT, capture_output=True, text=True, check=True)  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return "not a Git checkout"
@@ -218,7 +222,7 @@ def notebook_table(env: BuildEnvironment) -> tuple[list[str], list[list[str | no
             rows.append([title, when, f"{run['runtime']:.0f} s" if run.get("succeeded") else "failed", "this one"])
         else:
             run = stored_run(Path(env.doc2path(name)))
-            where = "; ".join(f"{name} {fact}" for name, fact in run["machine"].items()) if run else ""
+            where = ", ".join(f"{NAMED.get(name, '')}{run['machine'][name]}" for name in FACTS if name in run["machine"]) if run else ""
             rows.append([title, long_date(run["date"]) if run else "unknown", f"{run['seconds']} s" if run else "", where])
     return ["Notebook", "Executed", "Run time", "Machine"], rows
 

@@ -1,14 +1,11 @@
-"""The site, built from the stored outputs, served on loopback, in a real browser."""
+"""The site, built from the stored outputs, and a real browser."""
 
 from __future__ import annotations
 
-import functools
-import http.server
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,20 +27,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return into / "html"
 
 
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@pytest.fixture(scope="session")
-def address(site: Path) -> Iterator[str]:
-    """Where the site is served."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=site)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
 def find_browser() -> str:
     """The path of Chromium or Chrome; Debian's package is installed where that can be. Empty if there is none."""
     if found := next(filter(None, map(shutil.which, BROWSERS)), None):
@@ -58,7 +41,7 @@ def find_browser() -> str:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """Chromium, which asks nobody but the page's own server."""
+    """Chromium, which asks nobody for updates."""
     path = find_browser()
     if not path:
         pytest.skip("No browser: neither Chromium nor Chrome is here, and apt-get cannot install one.")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, Request
+from playwright.sync_api import Browser, Page, Route
 
 ROOT = Path(__file__).parents[2]
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
 WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
 """The rules of https://www.w3.org/TR/WCAG22/, levels A and AA, as axe-core tags them."""
+ADDRESS = "https://book.test/"
+PACKED = (".png", ".woff2")
 HEAVIEST = 300_000
 """Bytes of a page with all that it loads, compressed."""
 
@@ -26,11 +29,11 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def open_page(browser: Browser, address: str) -> Iterator[Callable[..., Page]]:
+def open_page(browser: Browser, site: Path) -> Iterator[Callable[..., Page]]:
     """Opens a page of the site.
 
-    Console errors, failed requests and requests to elsewhere gather in `page.complaints`; the compressed size of each
-    file that it loads, in bytes, in `page.weights`.
+    The browser gets every file straight from the build. Console errors, what is not there and what is asked of another site
+    gather in `page.complaints`; the compressed size of each file, in bytes, in `page.weights`.
     """
     contexts = []
 
@@ -40,21 +43,21 @@ def open_page(browser: Browser, address: str) -> Iterator[Callable[..., Page]]:
         page = context.new_page()
         page.complaints, page.weights = [], {}
 
-        def weigh(request: Request) -> None:
-            if not request.url.startswith((address, "data:")):
-                page.complaints.append(f"asked elsewhere: {request.url}")
+        def serve(route: Route) -> None:
+            address = route.request.url
+            file = site / urlsplit(address).path.lstrip("/")
+            if not address.startswith(ADDRESS) or not file.is_file():
+                page.complaints.append(f"not to be had: {address}")
+                route.abort()
                 return
-            if (response := request.response()) and response.status < 400:
-                body = response.body()
-                page.weights[request.url] = len(body if request.url.endswith((".png", ".woff2")) else gzip.compress(body))
-            else:
-                page.complaints.append(f"failed: {request.url}")
+            body = file.read_bytes()
+            page.weights[file.relative_to(site)] = len(body if file.suffix in PACKED else gzip.compress(body))
+            route.fulfill(path=file)
 
+        context.route("**", serve)
         page.on("console", lambda message: page.complaints.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: page.complaints.append(str(error)))
-        page.on("requestfailed", weigh)
-        page.on("requestfinished", weigh)
-        page.goto(address + name, wait_until="networkidle")
+        page.goto(ADDRESS + name, wait_until="networkidle")
         return page
 
     yield opened
@@ -69,7 +72,7 @@ def test_loads_without_complaint_and_fits(open_page: Callable[..., Page], name: 
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate("[...document.images].filter(image => !image.naturalWidth).map(image => image.src)") == []
     assert len(page.weights) > 5
-    assert sum(page.weights.values()) < HEAVIEST, "\n".join(f"{size:8} {url}" for url, size in page.weights.items())
+    assert sum(page.weights.values()) < HEAVIEST, "\n".join(f"{size:8} {file}" for file, size in page.weights.items())
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
