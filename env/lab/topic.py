@@ -58,6 +58,22 @@ class Brokers:
         """
         self._supervisor().start_program(f"broker-{broker}")
 
+    def pause(self, broker: int) -> None:
+        """SIGSTOP broker number `broker`: alive, connected and silent, as in a long garbage collection, until `resume`.
+
+        Raises:
+            NotRunning: The brokers are not the lab's own.
+        """
+        self._supervisor().signal_program(f"broker-{broker}", "STOP")
+
+    def resume(self, broker: int) -> None:
+        """Let broker number `broker` go on after `pause`.
+
+        Raises:
+            NotRunning: The brokers are not the lab's own.
+        """
+        self._supervisor().signal_program(f"broker-{broker}", "CONT")
+
     def pid(self, broker: int) -> int:
         """The process id of broker number `broker`, 0 while it is dead.
 
