@@ -36,6 +36,7 @@ notebooks: setup ## Execute the notebooks and store their outputs (ONLY=notebook
 	@$(bin)/python -m lab.book store $(ONLY)
 
 test: setup ## Run every test that can run here; the lab is started and stopped if need be
+	@$(bin)/lab build
 	@$(bin)/pytest
 
 lint: setup ## Check code, notebooks, spelling and the site's links

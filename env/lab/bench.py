@@ -96,7 +96,7 @@ def run(runs: int, console: Console) -> None:
 
 def _processes() -> list[psutil.Process]:
     found: dict[int, psutil.Process] = {}
-    for process in lifecycle.processes():
+    for process in lifecycle.processes(settings.state()):
         for one in (process, *process.children(recursive=True)):
             found[one.pid] = one
     return list(found.values())

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from kubernetes import client, config
 from kubernetes.config.config_exception import ConfigException
-from kubernetes.config.kube_config import KubeConfigMerger
+from kubernetes.config.kube_config import ConfigNode, KubeConfigMerger
 from urllib3.exceptions import HTTPError
 
 from lab import pki, settings
@@ -72,10 +72,11 @@ def kubeconfig(context: str) -> Path:
     """
     source = os.environ.get("LAB_KUBECONFIG") or os.environ.get("KUBECONFIG") or str(Path.home() / ".kube/config")
     try:
-        merged = KubeConfigMerger(source).config.value
+        merged = _plain(KubeConfigMerger(source).config)
     except (ConfigException, yaml.YAMLError, AttributeError, TypeError, OSError) as error:
         raise LabError(
-            f"No kubeconfig can be read at {source}: {str(error).splitlines()[0]}", "Set KUBECONFIG to the file that has your context."
+            f"No kubeconfig can be read at {source}: {str(error).splitlines()[0].rstrip('.')}.",
+            "Set KUBECONFIG to the file that has your context.",
         ) from None
     contexts = {entry["name"]: entry["context"] for entry in merged.get("contexts") or []}
     if context not in contexts:
@@ -94,6 +95,14 @@ def kubeconfig(context: str) -> Path:
     if not target.exists() or target.read_text() != text:
         pki.write_private(target, text)
     return target
+
+
+def _plain(node: object) -> object:
+    """A merged kubeconfig as dicts, lists and strings alone."""
+    node = node.value if isinstance(node, ConfigNode) else node
+    if isinstance(node, dict):
+        return {key: _plain(value) for key, value in node.items()}
+    return [_plain(value) for value in node] if isinstance(node, list) else node
 
 
 def examine() -> list[str]:

@@ -158,8 +158,16 @@ def logs(name: str | None, lines: int) -> None:
         click.echo("\n".join(path.read_text(errors="replace").splitlines()[-lines:]))
 
 
-@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+class Verbatim(click.Command):
+    """Hands every argument on as it is, `--` and options included."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        """Take the arguments without looking at them."""
+        context.params["arguments"] = tuple(arguments)
+        return []
+
+
+@main.command(cls=Verbatim)
 def kubectl(arguments: tuple[str, ...]) -> None:
     """Run kubectl against the cluster that notebooks use."""
     from lab import access
@@ -183,9 +191,10 @@ def env() -> None:
 @main.command()
 def build() -> None:
     """Build the binaries and images and fetch the jars, and start nothing."""
-    from lab import lifecycle
+    from lab import byo, host, lifecycle
 
-    lifecycle.prepare(Report(), with_cluster=sys.platform == "linux", with_brokers=True)
+    own = byo.named()
+    lifecycle.prepare(Report(), with_cluster=not own.cluster and host.clusterless() is None, with_brokers=not own.brokers)
 
 
 @main.group(cls=Command)

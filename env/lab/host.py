@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -94,6 +95,29 @@ def install_programs(report: Report) -> None:
         raise MissingPrerequisite(
             f"apt-get could not install {' '.join(packages)}: {lines[-1]}", f"Try `apt-get install {' '.join(packages)}` by hand."
         )
+
+
+KUBELETS_TUNABLES = (
+    "vm/overcommit_memory",
+    "vm/panic_on_oom",
+    "kernel/panic",
+    "kernel/panic_on_oops",
+    "kernel/keys/root_maxkeys",
+    "kernel/keys/root_maxbytes",
+)
+"""Kernel settings that a kubelet changes for the whole host (kubelet's setupKernelTunables); `lab down` puts them back."""
+
+
+def tunables() -> dict[str, str]:
+    """The present value of each of KUBELETS_TUNABLES."""
+    return {name: Path("/proc/sys", name).read_text().strip() for name in KUBELETS_TUNABLES if Path("/proc/sys", name).exists()}
+
+
+def restore_tunables(values: dict[str, str]) -> None:
+    """Put back what `tunables` read."""
+    for name, value in values.items():
+        with contextlib.suppress(OSError):
+            Path("/proc/sys", name).write_text(value)
 
 
 def port_holder(address: str, port: int) -> str:

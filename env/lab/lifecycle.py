@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -11,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -25,11 +25,12 @@ from lab.supervise import Supervisor
 
 MARK = "BY_EXPERIMENT_STATE"
 """Every process that the lab starts on the host carries this variable; its value is the state folder."""
+TUNABLES = "tunables.json"
 STAYS_PUT = "installed"
 """A file in the state folder: everything in it was written whole."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def exclusive(report: Report) -> Iterator[None]:
     """Hold the machine's (or the user's) one right to start or stop a lab; wait for whoever has it.
 
@@ -209,6 +210,7 @@ def _start(report: Report, state: Path, *, nodes: int, with_brokers: bool) -> La
         started=time.time(),
     )
     if nodes:
+        (state / TUNABLES).write_text(json.dumps(host.tunables()))
         with report.step("Lay the network"):
             network.up(subnet, {one.name: one.address for one in machines}, cluster.pod_subnets(names))
     control.start({MARK: str(state)})
@@ -287,7 +289,7 @@ def down(report: Report, *, purge: bool = False, force: bool = False) -> None:
                 shutil.rmtree(settings.cache())
 
 
-@contextmanager
+@contextlib.contextmanager
 def _nothing() -> Iterator[None]:
     yield
 
@@ -304,6 +306,9 @@ def _end(state: Path) -> None:
     if not host.is_root():
         return
     network.down()
+    with contextlib.suppress(OSError, ValueError):
+        host.restore_tunables(json.loads((state / TUNABLES).read_text()))
+        (state / TUNABLES).unlink()
     end = time.monotonic() + 10
     while (left := machine.cgroups()) and time.monotonic() < end:
         for folder in left:

@@ -6,6 +6,7 @@ that filters bridged frames (Docker's, for one) has no say in it, and nothing is
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import subprocess
@@ -111,6 +112,10 @@ def down() -> None:
     names = sorted(path.name for path in NAMESPACES.glob(PREFIX + "*")) if NAMESPACES.is_dir() else []
     for name in names:
         subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+    if names and not any(NAMESPACES.iterdir()):
+        subprocess.run(["umount", str(NAMESPACES)], capture_output=True, check=False)
+        with contextlib.suppress(OSError):
+            NAMESPACES.rmdir()
     subprocess.run(["ip", "link", "delete", HOST_LINK], capture_output=True, check=False)
 
 

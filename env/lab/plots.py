@@ -8,6 +8,9 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from lab.load import Load
+from lab.watch import Watch
+
 COLORS = {
     "blue": "#0072B2",
     "orange": "#E69F00",
@@ -51,41 +54,131 @@ def style() -> None:
     )
 
 
-def availability(runs: Mapping[str, dict], colors: Mapping[str, str], title: str) -> plt.Figure:
+def availability(runs: Mapping[str, tuple[Load, Watch]], colors: Mapping[str, str], title: str) -> plt.Figure:
     """One strip per run: a tick per request, coloured by the version that answered or by its failure.
 
+    New connections and kept-alive ones have a lane each; above them stand the SIGTERMs and the changes of endpoints.
+
     Args:
-        runs: By name: `requests` (the frame of `Load.requests`), `sigterms` and `endpoints` (Unix seconds, each), `begin` (Unix seconds).
+        runs: By name, the load and the watch around it.
         colors: The colour of each version.
         title: What the figure shows.
     """
-    figure, axes = plt.subplots(len(runs), 1, figsize=(WIDTH, 1.35 * len(runs) + 0.8), sharex=True, squeeze=False)
-    for axis, (name, run) in zip(axes[:, 0], runs.items(), strict=True):
-        requests: pd.DataFrame = run["requests"]
-        at = requests["start"] - run["begin"]
-        for version, color in colors.items():
-            axis.vlines(at[requests["ok"] & (requests["version"] == version)], 0, 0.55, color=color, lw=0.9)
-        lost = at[~requests["ok"]]
-        axis.vlines(lost, 0, 1.0, color=COLORS["black"], lw=1.1)
-        axis.plot([moment - run["begin"] for moment in run["sigterms"]], [1.25] * len(run["sigterms"]), "v", color=COLORS["red"], ms=7)
-        axis.plot(
-            [moment - run["begin"] for moment in run["endpoints"]], [1.25] * len(run["endpoints"]), "|", color=COLORS["grey"], ms=9, mew=1.6
-        )
+    figure, axes = plt.subplots(len(runs), 1, figsize=(WIDTH, 1.35 * len(runs) + 0.9), sharex=True, squeeze=False)
+    for axis, (name, (load, watch)) in zip(axes[:, 0], runs.items(), strict=True):
+        requests = load.requests
+        for lane, kept in enumerate((True, False)):
+            mine = requests[requests["keep_alive"] == kept]
+            at = mine["start"] - load.begin
+            for version, color in colors.items():
+                axis.vlines(at[mine["ok"] & (mine["version"] == version)], lane + 0.12, lane + 0.72, color=color, lw=1.1)
+            axis.vlines(at[~mine["ok"]], lane - 0.02, lane + 0.86, color=COLORS["black"], lw=1.6)
+        sigterms = [one - load.begin for one in watch.pods["sigterm"].dropna().unique() if one > load.begin]
+        changes = [one - load.begin for one in watch.capacity["time"] if load.begin < one < requests["start"].max()]
+        axis.plot(changes, [2.25] * len(changes), "|", color=COLORS["grey"], ms=9, mew=1.6, clip_on=False)
+        axis.plot(sigterms, [2.25] * len(sigterms), "v", color=COLORS["red"], ms=7, clip_on=False)
         failed = int((~requests["ok"]).sum())
-        axis.set_title(f"{name}: {failed} of {len(requests)} failed", fontsize=10.5, fontweight="normal", pad=3)
-        axis.set_ylim(0, 1.5)
-        axis.set_yticks([])
+        axis.set_title(name, fontsize=10.5, pad=5)
+        verdict = f"{failed} of {len(requests)} lost" if failed else f"none of {len(requests)} lost"
+        axis.set_title(verdict, loc="right", fontsize=10.5, pad=5, color=COLORS["red"] if failed else COLORS["green"])
+        axis.set_ylim(-0.1, 2.5)
+        axis.set_yticks([0.42, 1.42], ["kept alive", "new connection"])
+        axis.tick_params(axis="y", length=0)
         axis.grid(visible=False)
         axis.spines["left"].set_visible(False)
-    axes[-1, 0].set_xlabel("seconds since the rollout began")
-    handles = [plt.Line2D([], [], color=color, lw=4, label=f"answered by {version}") for version, color in colors.items()]
+    axes[-1, 0].set_xlabel("seconds since the new version was set")
+    handles = [plt.Line2D([], [], color=color, lw=5, label=f"answered by {version}") for version, color in colors.items()]
     handles += [
-        plt.Line2D([], [], color=COLORS["black"], lw=4, label="failed"),
-        plt.Line2D([], [], color=COLORS["red"], marker="v", ls="", label="SIGTERM"),
+        plt.Line2D([], [], color=COLORS["black"], lw=5, label="lost"),
         plt.Line2D([], [], color=COLORS["grey"], marker="|", ls="", mew=1.6, ms=9, label="endpoints change"),
+        plt.Line2D([], [], color=COLORS["red"], marker="v", ls="", ms=7, label="SIGTERM"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=0.8, columnspacing=1.4)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return figure
+
+
+def capacity(
+    load: Load, watch: Watch, service: str, phases: Mapping[str, tuple[float, float]], title: str, *, want: int, columns: int = 2
+) -> plt.Figure:
+    """One panel per phase of a run: how many endpoints of a Service are ready, second by second, and the requests that were lost.
+
+    Args:
+        load: The load.
+        watch: The watch around it.
+        service: The Service's name.
+        phases: By name, begin and end (Unix seconds).
+        title: What the figure shows.
+        want: The number of replicas asked for, drawn as a line.
+        columns: Panels side by side.
+    """
+    rows = -(-len(phases) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 1.8 * rows + 0.8), sharex=True, sharey=True, squeeze=False)
+    steps = watch.capacity.query("service == @service")
+    lost = load.requests.query("not ok")["start"]
+    for axis, (name, (begin, end)) in zip(axes.flat, phases.items(), strict=False):
+        before, during = steps[steps["time"] <= begin], steps[steps["time"].between(begin, end, inclusive="right")]
+        at = [-0.5, *(during["time"] - begin), end - begin + 0.5]
+        ready = [before["ready"].iloc[-1], *during["ready"], (during if len(during) else before)["ready"].iloc[-1]]
+        axis.fill_between(at, ready, step="post", color=COLORS["sky"], alpha=0.45, lw=0)
+        axis.step(at, ready, where="post", color=COLORS["blue"], lw=1.8)
+        axis.axhline(want, color=COLORS["grey"], ls=":", lw=1.2)
+        mine = lost[lost.between(begin, end)] - begin
+        axis.vlines(mine, 0, 0.12 * want, color=COLORS["black"], lw=1.4)
+        axis.set_title(f"{name}: {end - begin:.1f} s, least {min(ready)}, {len(mine) or 'none'} lost", fontsize=10.5, fontweight="normal")
+        axis.set_ylim(bottom=0)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    for axis in axes.flat[len(phases) :]:
+        axis.set_visible(False)
+    figure.supylabel("ready endpoints", fontsize=10.5)
+    figure.supxlabel("seconds since it began; black at the foot: a request lost", fontsize=10.5)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return figure
+
+
+def lives(load: Load, watch: Watch, service: str, colors: Mapping[str, str], title: str) -> plt.Figure:
+    """One bar per Pod of a Service: starting, ready, terminating but serving, and its SIGTERM.
+
+    Args:
+        load: The load around it: its block's begin is second 0.
+        watch: What was recorded.
+        service: The Service's name.
+        colors: The colour of each version, the image's tag.
+        title: What the figure shows.
+    """
+    endpoints, pods = watch.endpoints.query("service == @service"), watch.pods
+    pods = pods[pods["pod"].isin(endpoints["pod"])]
+    last = max(load.end, pods["time"].max())
+    order = pods.groupby("pod")["time"].min().sort_values(kind="stable").index
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.42 * len(order) + 1.5))
+    for row, name in enumerate(order):
+        mine, told = pods[pods["pod"] == name], endpoints[endpoints["pod"] == name]
+        color = colors[mine["image"].iloc[0].rpartition(":")[2]]
+        gone = mine[mine["event"] == "DELETED"]["time"]
+        born, end = mine["time"].min(), gone.iloc[0] if len(gone) else last
+        ready, leaving = told[told["ready"]]["time"].min(), told[told["terminating"]]["time"].min()
+        stop = end if pd.isna(leaving) else leaving
+        for begin, until, style in (
+            (born, ready, {"color": "#D9D9D9"}),
+            (ready, stop, {"color": color}),
+            (stop, end, {"facecolor": "white", "edgecolor": color, "hatch": "////", "lw": 1.2}),
+        ):
+            axis.barh(row, until - begin, left=begin - load.begin, height=0.62, **style)
+        for sigterm in mine["sigterm"].dropna().unique():
+            axis.plot(sigterm - load.begin, row, "v", color=COLORS["red"], ms=8)
+    axis.set_yticks(range(len(order)), [f"…{name[-5:]}" for name in order], family="monospace")
+    axis.invert_yaxis()
+    axis.set_xlim(-1, last - load.begin)
+    axis.set_ylabel("Pod")
+    axis.set_xlabel("seconds since the new version was set")
+    axis.set_title(title)
+    handles = [mpl.patches.Patch(color="#D9D9D9", label="not ready yet")]
+    handles += [mpl.patches.Patch(color=color, label=f"ready, {version}") for version, color in colors.items()]
+    handles += [
+        mpl.patches.Patch(facecolor="white", edgecolor=COLORS["grey"], hatch="////", label="terminating, still serving"),
+        plt.Line2D([], [], color=COLORS["red"], marker="v", ls="", ms=8, label="SIGTERM"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.2, columnspacing=1.2)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
 
 

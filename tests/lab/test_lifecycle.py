@@ -1,0 +1,136 @@
+"""Starting and stopping, whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .conftest import STATE, Lab, traces
+
+MOMENTS = ("", "Write certificates", "Lay the network", "The API server answers", "Ready")
+"""The line of `lab up` after which it is ended; the first is at once."""
+
+
+def interrupt(lab: Lab, moment: str, how: signal.Signals, *options: str) -> int:
+    """Start `lab up`, wait for the line that holds `moment`, and end it."""
+    process = lab.start("up", "--no-brokers", *options)
+    if moment:
+        for line in process.stdout:
+            if moment in line:
+                break
+    process.send_signal(how)
+    process.communicate(timeout=120)
+    return process.returncode
+
+
+def test_down_leaves_nothing_behind(lab: Lab) -> None:
+    lab.well("down", "--force")
+    tunables = subprocess.run(["sysctl", "-a", "--pattern", "^(vm.overcommit_memory|kernel.panic)"], capture_output=True, text=True).stdout
+    lab.well("up")
+    assert len(traces()) > 10
+    lab.well("down")
+    assert traces() == []
+    assert (
+        subprocess.run(["sysctl", "-a", "--pattern", "^(vm.overcommit_memory|kernel.panic)"], capture_output=True, text=True).stdout
+        == tunables
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL])
+def test_up_killed_at_any_moment_and_run_again(lab: Lab, how: signal.Signals) -> None:
+    lab.well("down", "--force")
+    for moment in MOMENTS:
+        assert interrupt(lab, moment, how) == -how
+    lab.well("up", "--no-brokers")
+    assert lab.kubectl("get", "nodes", "-o=name").split() == ["node/node-1", "node/node-2"]
+    lab.well("down")
+    assert traces() == []
+
+
+def test_down_after_a_killed_up(lab: Lab) -> None:
+    interrupt(lab, "Lay the network", signal.SIGKILL)
+    assert traces() != []
+    lab.well("down")
+    assert traces() == []
+
+
+def test_control_c_undoes_what_was_begun(lab: Lab) -> None:
+    lab.well("down", "--force")
+    assert interrupt(lab, "Lay the network", signal.SIGINT) == 130
+    assert traces() == []
+
+
+def test_of_two_ups_at_once_one_waits(lab: Lab) -> None:
+    lab.well("down", "--force")
+    both = [lab.start("up", "--no-brokers") for _ in range(2)]
+    said = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("waiting for it" in one for one in said) == 1, said
+    assert sum("up already" in one for one in said) == 1, said
+
+
+def test_a_lab_whose_processes_are_gone_comes_back_with_its_objects(lab: Lab) -> None:
+    from lab import lifecycle
+
+    lab.well("up", "--no-brokers")
+    lab.kubectl("create", "configmap", "kept", "--from-literal=a=1")
+    for process in lifecycle.processes(STATE):
+        process.kill()
+    assert "processes are gone" in lab("status").stdout
+    lab.well("up", "--no-brokers")
+    assert lab.kubectl("get", "configmap", "kept", "-o=jsonpath={.data.a}") == "1"
+    lab.well("down")
+    assert traces() == []
+
+
+def test_a_dead_lab_of_another_checkout_is_cleaned_away(lab: Lab, tmp_path: Path) -> None:
+    from lab import lifecycle
+
+    lab.well("up", "--no-brokers")
+    for process in lifecycle.processes(STATE):
+        process.kill()
+    for name in ("lab.json", "installed"):
+        told = json.loads((STATE / name).read_text())
+        (STATE / name).write_text(json.dumps(told | {"checkout": str(tmp_path)}))
+    lab.well("up", "--no-brokers")
+    assert lab.kubectl("get", "nodes", "-o=name").split() == ["node/node-1", "node/node-2"]
+    lab.well("down")
+    assert traces() == []
+
+
+def test_a_port_in_use_is_named_and_nothing_is_begun(lab: Lab) -> None:
+    lab.well("down", "--force")
+    with socket.create_server(("127.0.0.1", 28092)):
+        said = lab.fails("up")
+    assert f"28092 by python (pid {os.getpid()})" in said or "28092 by pytest" in said, said
+    assert traces() == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"nodes": 7}', "Ünï".encode("utf-16")])
+def test_a_broken_state_file_is_no_obstacle(lab: Lab, content: bytes) -> None:
+    STATE.mkdir(exist_ok=True)
+    for name in ("lab.json", "installed"):
+        (STATE / name).write_bytes(content)
+    lab("status")
+    lab.well("down")
+    assert traces() == []
+
+
+def test_commands_without_a_lab_say_so(lab: Lab) -> None:
+    lab.well("down", "--force")
+    assert lab("status").stdout.strip() == "No lab is up. Start it with `lab up`."
+    assert lab("status").returncode == 1
+    for command in (["kubectl", "get", "nodes"], ["env"], ["node", "restart", "node-1"]):
+        assert "No lab is up" in lab.fails(*command)
+    assert lab.well("down").strip() == "No lab was up."
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(lab: Lab) -> None:
+    assert "/proc/nothing" in lab.fails("up", LAB_CACHE="/proc/nothing")
+    assert traces() == []

@@ -1,0 +1,216 @@
+"""What a lab that is up offers, shows and hides."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from .conftest import STATE, Lab
+
+COMPONENTS = {
+    "control-plane": ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"),
+    "node-1": ("containerd", "kubelet", "kube-proxy"),
+    "node-2": ("containerd", "kubelet", "kube-proxy"),
+}
+PATIENCE = 60
+
+
+def told() -> dict:
+    return json.loads((STATE / "lab.json").read_text())
+
+
+def until(condition, limit: float = PATIENCE):
+    end = time.monotonic() + limit
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(0.2)
+    return found
+
+
+def in_a_pod(lab: Lab, name: str, program: str) -> str:
+    """Run a Python program in a Pod and return what it prints."""
+    lab("kubectl", "delete", "pod", name, "--ignore-not-found", "--now")
+    image = "localhost/by-experiment/client:v1"
+    lab.kubectl("run", name, f"--image={image}", "--restart=Never", "--command", "--", "python3", "-c", program)
+    until(lambda: lab.kubectl("get", "pod", name, "-o=jsonpath={.status.phase}") in ("Succeeded", "Failed"))
+    said = lab.kubectl("logs", name)
+    lab.kubectl("delete", "pod", name, "--now")
+    return said
+
+
+def test_status_names_every_component_and_all_run(up: Lab) -> None:
+    rows = up.rows()
+    expected = {
+        *COMPONENTS,
+        *(f"{machine}/{name}" for machine, names in COMPONENTS.items() for name in names),
+        "broker-1",
+        "broker-2",
+        "broker-3",
+    }
+    assert set(rows) == expected
+    assert {row["state"] for row in rows.values()} == {"running"}
+    assert rows["node-1/kubelet"]["version"] == "1.37.2"
+    assert all(row["memory"] > 0 for row in rows.values())
+
+
+def test_up_again_finds_it_running(up: Lab) -> None:
+    before = {name: row["age"] for name, row in up.rows().items()}
+    assert "up already" in up.well("up")
+    after = {name: row["age"] for name, row in up.rows().items()}
+    assert all(after[name] >= before[name] for name in before)
+
+
+def test_another_number_of_nodes_is_refused(up: Lab) -> None:
+    assert "runs with 2 node(s), not 3" in up.fails("up", "--nodes=3")
+
+
+def test_names_resolve_and_brokers_answer_inside_a_pod(up: Lab) -> None:
+    host, port = told()["bootstrap_pods"].split(",")[0].split(":")
+    program = (
+        "import socket; print(socket.gethostbyname('kubernetes.default.svc.cluster.local')); "
+        f"socket.create_connection(('{host}', {port}), 5); print('connected')"
+    )
+    assert in_a_pod(up, "resolve", program).split() == ["10.96.0.1", "connected"]
+
+
+def test_nothing_listens_beyond_loopback_and_the_bridge(up: Lab) -> None:
+    from lab import lifecycle
+
+    pids = {process.pid for process in lifecycle.processes(STATE)}
+    bridge = told()["bootstrap_pods"].split(":")[0]
+    listening = {one.laddr.ip for one in psutil.net_connections("tcp") if one.pid in pids and one.status == psutil.CONN_LISTEN}
+    assert listening
+    assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", bridge, f"::ffff:{bridge}"}
+
+
+@pytest.mark.parametrize(
+    ("path", "address"), [("/api/v1/secrets", "https://{cp}:6443"), ("/pods", "https://{node}:10250"), ("/metrics", "https://{node}:10250")]
+)
+def test_nobody_gets_in_without_a_certificate(up: Lab, path: str, address: str) -> None:
+    rows = up.rows()
+    url = address.format(cp=rows["control-plane"]["address"], node=rows["node-1"]["address"]) + path
+    context = ssl.create_default_context(cafile=str(STATE / "admin" / "ca.crt"))
+    context.check_hostname = False
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(url, context=context, timeout=10)
+    assert refused.value.code == 401
+
+
+def test_etcd_answers_the_api_server_alone(up: Lab) -> None:
+    address = up.rows()["control-plane"]["address"]
+    for port in (2379, 2380):
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection((address, port), timeout=5)
+    inside = ["ip", "netns", "exec", "bx9-control-plane", sys.executable, "-c"]
+    program = (
+        "import ssl, urllib.request as u; u.urlopen('https://127.0.0.1:2379/version', context=ssl._create_unverified_context(), timeout=5)"
+    )
+    done = subprocess.run([*inside, program], capture_output=True, text=True)
+    assert "CERTIFICATE_REQUIRED" in done.stderr.upper()
+
+
+def test_keys_are_readable_by_their_owner_only(up: Lab) -> None:
+    secret = [
+        path
+        for pattern in ("**/*.key", "**/*.conf", "kubeconfig")
+        for path in STATE.glob(pattern)
+        if b"PRIVATE KEY" in path.read_bytes() or b"client-key-data" in path.read_bytes()
+    ]
+    assert len(secret) > 8
+    assert {stat.S_IMODE(path.stat().st_mode) for path in secret} == {0o600}
+
+
+def test_a_component_that_dies_is_restarted(up: Lab) -> None:
+    from lab import lifecycle
+
+    for machine, name in (("node-1", "kubelet"), ("control-plane", "etcd")):
+        init = psutil.Process(lifecycle.init_pid(STATE, machine))
+        victim = next(child for child in init.children() if child.name() == name)
+        victim.send_signal(signal.SIGKILL)
+        until(
+            lambda name=name, init=init, victim=victim: any(child.name() == name and child.pid != victim.pid for child in init.children())
+        )
+    until(lambda: up("kubectl", "get", "--raw=/readyz").returncode == 0)
+    assert up.kubectl("get", "nodes", "-o=name").split() == ["node/node-1", "node/node-2"]
+
+
+def test_a_broker_can_be_killed_and_brought_back(up: Lab) -> None:
+    from lab.supervise import Supervisor
+
+    control = Supervisor(STATE / "host")
+    control.kill_program("broker-2")
+    assert up.rows()["broker-2"]["state"] != "running"
+    assert up("status").returncode == 1
+    assert "starting it" in up.well("up")
+    assert up.rows()["broker-2"]["state"] == "running"
+
+
+def test_a_node_restart_keeps_its_pods(up: Lab) -> None:
+    up.kubectl("create", "deployment", "stays", "--image=localhost/by-experiment/shop:v1", "--replicas=2")
+    up.kubectl("rollout", "status", "deployment/stays", f"--timeout={PATIENCE}s")
+    up.well("node", "restart", "node-2")
+    restarted = "-o=jsonpath={.items[*].status.containerStatuses[0].restartCount}"
+    until(lambda: "1" in up.kubectl("get", "pods", "-l=app=stays", restarted))
+    up.kubectl("wait", "pod", "-l=app=stays", "--for=condition=Ready", f"--timeout={PATIENCE}s")
+    up.kubectl("delete", "deployment", "stays")
+
+
+def test_logs_by_name(up: Lab) -> None:
+    assert "node-1/kubelet" in up.well("logs")
+    said = up.well("logs", "kubelet", "-n", "3")
+    assert [line for line in said.splitlines() if line.startswith("==>")] == ["==> node-1/kubelet", "==> node-2/kubelet"]
+    assert len(said.splitlines()) == 8
+    assert "no log of 'nonsense'" in up.fails("logs", "nonsense")
+
+
+def test_a_second_checkout_is_told_who_holds_the_lab(up: Lab, tmp_path: Path) -> None:
+    other = tmp_path / "weitere Prüfung"
+    checkout = Path(__file__).parents[2]
+    (other / "env").mkdir(parents=True)
+    subprocess.run(
+        ["cp", "-r", *(str(checkout / "env" / name) for name in ("lab", "cluster", "images", "kafka", "go.txt")), str(other / "env")],
+        check=True,
+    )
+    elsewhere = {"PYTHONPATH": str(other / "env")}
+    for command in ("up", "down"):
+        assert str(checkout) in up.fails(command, **elsewhere)
+    own = {"LAB_CLUSTER": "context:lab", "LAB_BROKERS": told()["bootstrap"], "KUBECONFIG": told()["kubeconfig"], "LAB_INSTANCE": "8"}
+    assert "Nothing to start" in up.well("up", **elsewhere, **own)
+    lesson = (
+        "import lab; t = lab.start('elsewhere', cluster=True, brokers=True); "
+        "from kubernetes import client; assert client.CoreV1Api().read_namespace(t.namespace); t.clean_up()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", lesson], env={**os.environ, **elsewhere, **own}, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.splitlines()[-2:] == [
+        "Runs on Kubernetes v1.37.2 with 2 nodes and Kafka with 3 brokers.",
+        "Cleaned up: the namespace and the topics.",
+    ], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"LAB_CLUSTER": "nonsense"}, "LAB_CLUSTER='nonsense' is not understood"),
+        ({"LAB_CLUSTER": "context:nonsense"}, "has no context 'nonsense'"),
+        ({"LAB_CLUSTER": "context:lab", "KUBECONFIG": "/dev/null"}, "No kubeconfig can be read at /dev/null"),
+        ({"LAB_BROKERS": "nonsense"}, "'nonsense' is not a bootstrap server"),
+        ({"LAB_BROKERS": "127.0.0.1:1"}, "No broker answers at 127.0.0.1:1"),
+    ],
+)
+def test_what_is_brought_along_is_checked(up: Lab, environment: dict[str, str], says: str) -> None:
+    assert says in up.fails("up", **({"KUBECONFIG": told()["kubeconfig"]} | environment))
