@@ -65,14 +65,16 @@ def availability(runs: Mapping[str, tuple[Load, Watch]], colors: Mapping[str, st
         title: What the figure shows.
     """
     figure, axes = plt.subplots(len(runs), 1, figsize=(WIDTH, 1.35 * len(runs) + 0.9), sharex=True, squeeze=False)
+    longest = max(load.requests["start"].max() - load.requests["start"].min() for load, _ in runs.values())
+    tick = 0.04 / longest * 72 * WIDTH * 0.75
     for axis, (name, (load, watch)) in zip(axes[:, 0], runs.items(), strict=True):
         requests = load.requests
         for lane, kept in enumerate((True, False)):
             mine = requests[requests["keep_alive"] == kept]
             at = mine["start"] - load.begin
             for version, color in colors.items():
-                axis.vlines(at[mine["ok"] & (mine["version"] == version)], lane + 0.12, lane + 0.72, color=color, lw=1.1)
-            axis.vlines(at[~mine["ok"]], lane - 0.02, lane + 0.86, color=COLORS["black"], lw=1.6)
+                axis.vlines(at[mine["ok"] & (mine["version"] == version)], lane + 0.12, lane + 0.72, color=color, lw=tick)
+            axis.vlines(at[~mine["ok"]], lane - 0.02, lane + 0.86, color=COLORS["black"], lw=max(1.6, tick))
         sigterms = [one - load.begin for one in watch.pods["sigterm"].dropna().unique() if one > load.begin]
         changes = [one - load.begin for one in watch.capacity["time"] if load.begin < one < requests["start"].max()]
         axis.plot(changes, [2.25] * len(changes), "|", color=COLORS["grey"], ms=9, mew=1.6, clip_on=False)
@@ -86,7 +88,7 @@ def availability(runs: Mapping[str, tuple[Load, Watch]], colors: Mapping[str, st
         axis.tick_params(axis="y", length=0)
         axis.grid(visible=False)
         axis.spines["left"].set_visible(False)
-    axes[-1, 0].set_xlabel("seconds since the new version was set")
+    axes[-1, 0].set_xlabel("seconds since the change")
     handles = [plt.Line2D([], [], color=color, lw=5, label=f"answered by {version}") for version, color in colors.items()]
     handles += [
         plt.Line2D([], [], color=COLORS["black"], lw=5, label="lost"),
@@ -125,7 +127,8 @@ def capacity(
         axis.axhline(want, color=COLORS["grey"], ls=":", lw=1.2)
         mine = lost[lost.between(begin, end)] - begin
         axis.vlines(mine, 0, 0.12 * want, color=COLORS["black"], lw=1.4)
-        axis.set_title(f"{name}: {end - begin:.1f} s, least {min(ready)}, {len(mine) or 'none'} lost", fontsize=10.5, fontweight="normal")
+        axis.set_title(name, fontsize=10.5, pad=4)
+        axis.set_title(f"{end - begin:.1f} s, {len(mine) or 'none'} lost", loc="right", fontsize=10.5, fontweight="normal", pad=4)
         axis.set_ylim(bottom=0)
         axis.yaxis.get_major_locator().set_params(integer=True)
     for axis in axes.flat[len(phases) :]:
@@ -149,7 +152,8 @@ def lives(load: Load, watch: Watch, service: str, colors: Mapping[str, str], tit
     endpoints, pods = watch.endpoints.query("service == @service"), watch.pods
     pods = pods[pods["pod"].isin(endpoints["pod"])]
     last = max(load.end, pods["time"].max())
-    order = pods.groupby("pod")["time"].min().sort_values(kind="stable").index
+    marks = pd.DataFrame({"born": pods.groupby("pod")["time"].min(), "left": endpoints.query("terminating").groupby("pod")["time"].min()})
+    order = marks.assign(new=marks["born"] > load.begin).sort_values(["new", "left", "born"]).index
     figure, axis = plt.subplots(figsize=(WIDTH, 0.42 * len(order) + 1.5))
     for row, name in enumerate(order):
         mine, told = pods[pods["pod"] == name], endpoints[endpoints["pod"] == name]
@@ -170,7 +174,7 @@ def lives(load: Load, watch: Watch, service: str, colors: Mapping[str, str], tit
     axis.invert_yaxis()
     axis.set_xlim(-1, last - load.begin)
     axis.set_ylabel("Pod")
-    axis.set_xlabel("seconds since the new version was set")
+    axis.set_xlabel("seconds since the change")
     axis.set_title(title)
     handles = [mpl.patches.Patch(color="#D9D9D9", label="not ready yet")]
     handles += [mpl.patches.Patch(color=color, label=f"ready, {version}") for version, color in colors.items()]

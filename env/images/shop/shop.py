@@ -99,22 +99,22 @@ def note_sigterm():
 
 
 def main():
-    """Warm up, listen, and end as ON_SIGTERM says."""
-    ended = threading.Event()
+    """Warm up, listen, and end as ON_SIGTERM says.
 
-    def on_sigterm(*_):
-        note_sigterm()
-        if os.environ.get("ON_SIGTERM", "exit") == "exit":
-            os._exit(143)
-        draining.set()
-        ended.set()
-
-    signal.signal(signal.SIGTERM, on_sigterm)
-    time.sleep(float(os.environ.get("WARM_UP", "0")))
+    SIGTERM is blocked in every thread and fetched by this one: the first process of a container must ask for it,
+    and of several threads Python's own handler may not wake the one that should run it.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if signal.sigtimedwait({signal.SIGTERM}, float(os.environ.get("WARM_UP", "0"))):
+        sys.exit(143)
     server = Server(("", int(os.environ.get("PORT", "8080"))), Shop)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     print(f"shop {VERSION} listens", flush=True)
-    ended.wait()
+    signal.sigwait({signal.SIGTERM})
+    note_sigterm()
+    if os.environ.get("ON_SIGTERM", "exit") == "exit":
+        os._exit(143)
+    draining.set()
     server.drain(float(os.environ.get("DRAIN", "8")))
     server.shutdown()
     print(f"shop {VERSION} ends with {server.open} connections open", flush=True)
