@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lab import byo, settings
+from lab import settings
 from lab.errors import NotRunning
 
 START = "Start the lab with `lab up` (or `make lab`, which opens JupyterLab too)."
@@ -21,9 +21,11 @@ def variables(*, cluster: bool = True, brokers: bool = True) -> dict[str, str]:
     Raises:
         NotRunning: Neither of what is wanted runs.
     """
-    own, lab = byo.named(), settings.find()
+    own, lab = settings.own(), settings.find()
     found: dict[str, str] = {}
     if cluster and own.cluster:
+        from lab import byo
+
         found["KUBECONFIG"] = str(byo.kubeconfig(own.cluster))
     elif cluster and lab and lab.kubeconfig:
         if not os.access(lab.kubeconfig, os.R_OK):

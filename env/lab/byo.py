@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -28,40 +27,6 @@ NEEDED = (
     ("create", "", "services"),
     ("watch", "discovery.k8s.io", "endpointslices"),
 )
-
-
-@dataclass(frozen=True)
-class Own:
-    """What the environment names.
-
-    Args:
-        cluster: A kubeconfig context, or "".
-        brokers: Bootstrap servers, comma-separated, or "".
-    """
-
-    cluster: str
-    brokers: str
-
-
-def named() -> Own:
-    """What LAB_CLUSTER and LAB_BROKERS name.
-
-    Raises:
-        LabError: One of them is not of its form.
-    """
-    told = os.environ.get("LAB_CLUSTER", "").strip()
-    kind, _, context = told.partition(":")
-    if told and (kind != "context" or not context):
-        raise LabError(
-            f"LAB_CLUSTER={told!r} is not understood.",
-            "Write LAB_CLUSTER=context:NAME, with a name that `kubectl config get-contexts` lists.",
-        )
-    servers = [server.strip() for server in os.environ.get("LAB_BROKERS", "").split(",") if server.strip()]
-    for server in servers:
-        host, _, port = server.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise LabError(f"LAB_BROKERS: {server!r} is not a bootstrap server.", "Write LAB_BROKERS=host:port,host:port.")
-    return Own(context, ",".join(servers))
 
 
 def kubeconfig(context: str) -> Path:
@@ -111,7 +76,7 @@ def examine() -> list[str]:
     Raises:
         LabError: It does not answer, is too old, or lacks a permission.
     """
-    own = named()
+    own = settings.own()
     return ([check_cluster(own.cluster)] if own.cluster else []) + ([check_brokers(own.brokers)] if own.brokers else [])
 
 

@@ -55,6 +55,15 @@ def _as_root() -> None:
     os.execvp("sudo", ["sudo", "env", "PYTHONDONTWRITEBYTECODE=1", *kept, *cache, sys.executable, "-m", "lab", *sys.argv[1:]])
 
 
+def _brought_along() -> list[str]:
+    """A line on each of what LAB_CLUSTER and LAB_BROKERS name, once it was checked."""
+    if settings.own() == settings.Own("", ""):
+        return []
+    from lab import byo
+
+    return byo.examine()
+
+
 def _root_lab() -> bool:
     return settings.SYSTEM_STATE.exists()
 
@@ -65,11 +74,11 @@ def _root_lab() -> bool:
 @click.option("--no-brokers", is_flag=True, help="Cluster only.")
 def up(nodes: int, no_cluster: bool, no_brokers: bool) -> None:
     """Bring the lab up, or find it running."""
-    from lab import byo, host, lifecycle
+    from lab import host, lifecycle
 
     report = Report()
-    own = byo.named()
-    for line in byo.examine():
+    own = settings.own()
+    for line in _brought_along():
         report(line)
     with_cluster, with_brokers = not (no_cluster or own.cluster), not (no_brokers or own.brokers)
     if not (with_cluster or with_brokers):
@@ -121,10 +130,10 @@ def status(as_json: bool) -> None:
 @click.option("--quick", is_flag=True, help="Only whether a cluster can run here, or has been brought along; one line.")
 def doctor(quick: bool) -> None:
     """Show what this machine has and lacks, with the cure for each."""
-    from lab import byo, host
+    from lab import host
 
     if quick:
-        if not byo.named().cluster and (why_not := host.clusterless()):
+        if not settings.own().cluster and (why_not := host.clusterless()):
             raise why_not
         return
     findings = host.examine(running=settings.find() is not None)
@@ -132,7 +141,7 @@ def doctor(quick: bool) -> None:
     for finding in findings:
         table.add_row("✓" if finding.well else "✗", finding.what, finding.found, "" if finding.well else finding.cure)
     Console(highlight=False).print(table)
-    for line in byo.examine():
+    for line in _brought_along():
         click.echo(f"✓ {line}")
     if not all(finding.well for finding in findings):
         sys.exit(1)
@@ -191,9 +200,9 @@ def env() -> None:
 @main.command()
 def build() -> None:
     """Build the binaries and images and fetch the jars, and start nothing."""
-    from lab import byo, host, lifecycle
+    from lab import host, lifecycle
 
-    own = byo.named()
+    own = settings.own()
     lifecycle.prepare(Report(), with_cluster=not own.cluster and host.clusterless() is None, with_brokers=not own.brokers)
 
 

@@ -150,8 +150,8 @@ def _found(lab: Lab, report: Report, *, nodes: int, with_cluster: bool, with_bro
         if process["statename"] != "RUNNING":
             report(f"{process['name']} was {process['statename'].lower()}; starting it.")
             control.start_program(process["name"])
-    if lab.bootstrap:
-        brokers.wait_ready(30)
+            if process["name"].startswith("broker-"):
+                brokers.wait_ready(60)
     report("The lab is up already.")
     return lab
 

@@ -7,6 +7,8 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lab.errors import LabError
+
 NAME = "by-experiment"
 
 INSTANCE = os.environ.get("LAB_INSTANCE", "")
@@ -59,6 +61,40 @@ def state() -> Path:
 def owner() -> tuple[int, int]:
     """The user and group id of the person: under sudo, the one who typed it."""
     return int(os.environ.get("SUDO_UID") or os.getuid()), int(os.environ.get("SUDO_GID") or os.getgid())
+
+
+@dataclass(frozen=True)
+class Own:
+    """What the environment names.
+
+    Args:
+        cluster: A kubeconfig context, or "".
+        brokers: Bootstrap servers, comma-separated, or "".
+    """
+
+    cluster: str
+    brokers: str
+
+
+def own() -> Own:
+    """What LAB_CLUSTER and LAB_BROKERS name.
+
+    Raises:
+        LabError: One of them is not of its form.
+    """
+    told = os.environ.get("LAB_CLUSTER", "").strip()
+    kind, _, context = told.partition(":")
+    if told and (kind != "context" or not context):
+        raise LabError(
+            f"LAB_CLUSTER={told!r} is not understood.",
+            "Write LAB_CLUSTER=context:NAME, with a name that `kubectl config get-contexts` lists.",
+        )
+    servers = [server.strip() for server in os.environ.get("LAB_BROKERS", "").split(",") if server.strip()]
+    for server in servers:
+        host, _, port = server.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise LabError(f"LAB_BROKERS: {server!r} is not a bootstrap server.", "Write LAB_BROKERS=host:port,host:port.")
+    return Own(context, ",".join(servers))
 
 
 @dataclass

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kubernetes import client, config
 
-from lab import access, byo, images, lifecycle, settings
+from lab import access, images, lifecycle, settings
 from lab.errors import LabError, NotRunning
 from lab.load import Load
 from lab.watch import Watch
@@ -106,7 +106,7 @@ class Topic:
     @property
     def brokers(self) -> Brokers:
         """The brokers, to be killed and brought back."""
-        return Brokers(embedded=not byo.named().brokers)
+        return Brokers(embedded=not settings.own().brokers)
 
     def image(self, image: str) -> str:
         """The full name of a demo image, e.g. of "shop:v1"."""
@@ -150,7 +150,7 @@ def start(name: str, *, cluster: bool = False, brokers: bool = False) -> Topic:
     """
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
         raise LabError(f"{name!r} cannot name a lesson.", "Use lower-case letters, digits and hyphens, at most 40.")
-    own = byo.named()
+    own = settings.own()
     lab = settings.find()
     os.environ.update(found := access.variables(cluster=cluster, brokers=brokers))
     if cluster and "KUBECONFIG" not in found:
