@@ -19,7 +19,7 @@ lab: setup ## Start the lab and open JupyterLab on the notebooks
 	@eval "$$($(bin)/lab env)" && exec $(bin)/jupyter lab --notebook-dir=notebooks
 
 able: # In the first second, before anything is installed; `lab doctor --quick` then looks closer.
-	@[ -n "$$LAB_CLUSTER" ] || { [ "$$(uname)" = Linux ] && { [ "$$(id -u)" = 0 ] || command -v sudo >/dev/null; }; } || { echo \
+	@[ -n "$$LAB_CLUSTER" ] || { [ "$$(uname)" = Linux ] && { [ "$$(id -u)" = 0 ] || sudo -n true 2>/dev/null || { [ -t 0 ] && command -v sudo >/dev/null; }; }; } || { echo \
 		"The embedded cluster needs Linux, and root or sudo. Name a cluster of your own with LAB_CLUSTER=context:NAME," \
 		"or build the site from the stored outputs: make site" >&2; exit 1; }
 
