@@ -88,6 +88,7 @@ def up(nodes: int, no_cluster: bool, no_brokers: bool) -> None:
         if why_not := host.clusterless():
             raise why_not
         if not host.is_root():
+            lifecycle.refuse_if_held()
             lifecycle.prepare(report, with_cluster=True, with_brokers=with_brokers)
             _as_root()
     lab = lifecycle.up(report, nodes=nodes, with_cluster=with_cluster, with_brokers=with_brokers)

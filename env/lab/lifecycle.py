@@ -110,6 +110,7 @@ def up(report: Report, *, nodes: int = 2, with_cluster: bool = True, with_broker
     """
     state = settings.state()
     with exclusive(report):
+        refuse_if_held()
         if (running := _running(state)) is not None:
             return _found(running, report, nodes=nodes, with_cluster=with_cluster, with_brokers=with_brokers)
         prepare(report, with_cluster=with_cluster, with_brokers=with_brokers)
@@ -128,6 +129,30 @@ def up(report: Report, *, nodes: int = 2, with_cluster: bool = True, with_broker
             raise
 
 
+def refuse_if_held() -> None:
+    """Say who holds this machine's lab, if another checkout does; works without a right to that lab.
+
+    Raises:
+        Occupied: Another checkout's lab is up.
+    """
+    lab = settings.find()
+    if lab is None or lab.checkout == str(settings.CHECKOUT) or not Path(lab.checkout).exists() or not alive(Path(lab.state)):
+        return
+    raise Occupied(
+        f"A lab of another checkout is up on this machine: {lab.checkout}.",
+        f"Use it from here with KUBECONFIG={lab.kubeconfig} LAB_CLUSTER=context:lab LAB_BROKERS={lab.bootstrap}, "
+        "run one beside it with LAB_INSTANCE=2, or take it down there with `lab down`.",
+    )
+
+
+def alive(state: Path) -> bool:
+    """Whether the supervisord of that state folder exists, whoever owns it."""
+    try:
+        return "supervisor" in " ".join(psutil.Process(int((state / "host" / "supervisord.pid").read_text())).cmdline())
+    except (psutil.Error, OSError, ValueError):
+        return False
+
+
 def _running(state: Path) -> Lab | None:
     found = settings.find()
     if found is not None and Path(found.state) == state and supervisor(state).running():
@@ -136,11 +161,6 @@ def _running(state: Path) -> Lab | None:
 
 
 def _found(lab: Lab, report: Report, *, nodes: int, with_cluster: bool, with_brokers: bool) -> Lab:
-    if lab.checkout != str(settings.CHECKOUT) and Path(lab.checkout).exists():
-        raise Occupied(
-            f"A lab of another checkout runs on this machine: {lab.checkout}.",
-            f"Use it from here with KUBECONFIG={lab.kubeconfig} LAB_CLUSTER=context:lab LAB_BROKERS={lab.bootstrap}, or take it down there with `lab down`.",
-        )
     if with_cluster and len(lab.nodes) != nodes:
         raise Occupied(f"The lab runs with {len(lab.nodes)} node(s), not {nodes}.", "Take it down first with `lab down`.")
     if with_brokers and not lab.bootstrap:

@@ -77,6 +77,8 @@ def collect() -> list[Row]:
         return []
     state = Path(lab.state)
     control = lifecycle.supervisor(state)
+    if not control.running() and lifecycle.alive(state):
+        return [Row("lab", f"up, but not yours: {lab.checkout}", address=lab.state)]
     if not control.running():
         return [Row("lab", "dead: its processes are gone; `lab up` starts it again", address=lab.state)]
     machines = cluster.machines(state, lab.subnet, lab.nodes) if lab.subnet else []
