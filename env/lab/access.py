@@ -41,6 +41,7 @@ def variables(*, cluster: bool = True, brokers: bool = True) -> dict[str, str]:
     if not found:
         raise NotRunning("No lab is up.", START)
     if lab and lab.kubeconfig and (folder := _binaries(Path(lab.cache))):
+        found["KUBECACHEDIR"] = str(settings.cache() / "kubectl")
         found["PATH"] = os.pathsep.join([folder, *(part for part in os.environ.get("PATH", "").split(os.pathsep) if part != folder)])
     return found
 

@@ -380,6 +380,7 @@ def kubectl(kubeconfig: str | Path, *arguments: str, stdin: str | None = None, t
     """Run kubectl and capture what it says."""
     return subprocess.run(
         [str(binaries.folder() / "kubectl"), f"--kubeconfig={kubeconfig}", *arguments],
+        env={**os.environ, "KUBECACHEDIR": str(Path(kubeconfig).parent / "kubectl-cache"), "KUBECTL_KUBERC": "false"},
         input=stdin,
         capture_output=True,
         text=True,
