@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from kafka import KafkaAdminClient
+
 from lab import brokers, settings
 from lab.errors import BuildFailed, Unhealthy
 from lab.supervise import Supervisor
