@@ -8,10 +8,19 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell
 
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
 """Of two kernels named python3, the environment's own is taken, not the user's."""
+
+
+def execute_as_jupyter_does(kernel: RunningKernel, source: str, allow_stdin: bool | None = None) -> str:
+    """Execute a cell with history: nbval does without, and then IPython prints what a `;` at the end should silence."""
+    return kernel.kc.execute(source, store_history=True, allow_stdin=allow_stdin, stop_on_error=False)
+
+
+RunningKernel.execute_cell_input = execute_as_jupyter_does
 
 
 @dataclass(frozen=True)

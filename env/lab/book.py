@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import AbstractContextManager
 from datetime import UTC, date, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ NAMED = {"python": "Python ", "kubernetes": "Kubernetes ", "kafka": "Kafka "}
 """What stands before a fact that does not say itself what it is."""
 
 
+@cache
 def machine() -> dict[str, str]:
     """What notebooks run on here, the facts under a measurement: each of FACTS that there is.
 
@@ -54,7 +56,7 @@ def machine() -> dict[str, str]:
         system = platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError):
         system = platform.system()
-    own, lab = byo.named(), settings.find()
+    own, lab = settings.own(), settings.find()
     embedded_cluster = f"{settings.KUBERNETES}, {len(lab.nodes)} nodes, embedded" if lab and lab.kubeconfig else ""
     embedded_brokers = f"{settings.KAFKA}, {len(settings.BROKER_IDS)} brokers, embedded" if lab and lab.bootstrap else ""
     facts = {
@@ -146,6 +148,8 @@ def build(stored: bool, builder: str, into: str) -> None:
     overrides = {"external_toc_path": str(source / "_toc.yml"), "latex_individualpages": False}
     if stored:
         overrides["nb_execution_mode"] = "off"
+    else:
+        machine()
     status = build_sphinx(
         source,
         Path(into, builder).absolute(),

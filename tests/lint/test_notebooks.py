@@ -49,11 +49,6 @@ def test_pictures_have_alternative_text(notebook: nbformat.NotebookNode) -> None
             assert cell.metadata.get("mystnb", {}).get("image", {}).get("alt"), f"metadata mystnb.image.alt is missing:\n{cell.source}"
 
 
-def test_no_cell_is_silenced_by_a_semicolon(notebook: nbformat.NotebookNode) -> None:
-    for cell in code_cells(notebook):
-        assert not cell.source.rstrip().endswith(";"), f"nbval runs cells without history, where `;` silences nothing:\n{cell.source}"
-
-
 def test_every_notebook_is_in_the_book() -> None:
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     listed = {chapter["file"] for part in toc["parts"] for chapter in part["chapters"]}
