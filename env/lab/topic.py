@@ -9,7 +9,8 @@ import re
 import secrets
 import socket
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,21 +59,21 @@ class Brokers:
         """
         self._supervisor().start_program(f"broker-{broker}")
 
-    def pause(self, broker: int) -> None:
-        """SIGSTOP broker number `broker`: alive, connected and silent, as in a long garbage collection, until `resume`.
+    @contextmanager
+    def paused(self, *brokers: int) -> Iterator[None]:
+        """SIGSTOP brokers until the block ends: alive, connected and silent, as in a long garbage collection.
 
         Raises:
             NotRunning: The brokers are not the lab's own.
         """
-        self._supervisor().signal_program(f"broker-{broker}", "STOP")
-
-    def resume(self, broker: int) -> None:
-        """Let broker number `broker` go on after `pause`.
-
-        Raises:
-            NotRunning: The brokers are not the lab's own.
-        """
-        self._supervisor().signal_program(f"broker-{broker}", "CONT")
+        supervisor = self._supervisor()
+        try:
+            for broker in brokers:
+                supervisor.signal_program(f"broker-{broker}", "STOP")
+            yield
+        finally:
+            for broker in brokers:
+                supervisor.signal_program(f"broker-{broker}", "CONT")
 
     def pid(self, broker: int) -> int:
         """The process id of broker number `broker`, 0 while it is dead.
