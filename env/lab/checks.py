@@ -23,7 +23,7 @@ def check(claim: str, holds: object, found: object = "") -> None:
         CheckFailed: It does not hold.
     """
     if not holds:
-        raise CheckFailed(f"✗ {claim}.", f"Found instead: {found}" if found != "" else "")
+        raise CheckFailed(f"✗ {claim}.", f"Found instead: {found}" if str(found) else "")
     print(f"✓ {claim}")
 
 

@@ -94,7 +94,11 @@ class Load:
             time.sleep(0.05)
         threading.Thread(target=self._follow, daemon=True).start()
         if not self._begun.wait(30):
-            raise Unhealthy("The load generator runs but says nothing.", f"Look with `lab kubectl -n {self._namespace} logs {self._name}`.")
+            api.delete_namespaced_pod(self._name, self._namespace)
+            raise Unhealthy(
+                f"Nothing answered the load generator at {self._arguments[0]} for 30 s.",
+                f"Look at the Service and its endpoints: `lab kubectl -n {self._namespace} get services,endpointslices,pods`.",
+            )
         self._await(self._settled)
         self.begin = time.time()
         return self

@@ -2,7 +2,8 @@
 
 python3 client.py URL --period SECONDS --seconds SECONDS [--timeout SECONDS] [--keep-alive all|none|half] [--pool CONNECTIONS]
 
-Requests start on a fixed schedule, whatever the ones before them do (an open loop): a slow answer delays
+Knocks until the first answer, so that a Service that was made a moment ago is there on this node. From then on
+requests start on a fixed schedule, whatever the ones before them do (an open loop): a slow answer delays
 no other request. With keep-alive a request takes, from a pool, the connection that has rested longest, as a
 gateway does; without, it opens one of its own. Nothing is tried twice. Ends early, with everything reported, on SIGTERM.
 """
@@ -81,6 +82,18 @@ def main():
             sys.stdout.write(json.dumps(record) + "\n")
             sys.stdout.flush()
 
+    def knock():
+        connection = connect()
+        try:
+            connection.request("GET", path, headers={"Connection": "close"})
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    while not knock() and not ended.wait(0.1):
+        pass
     print(json.dumps({"begin": time.time()}), flush=True)
     threads = []
     began = time.perf_counter()
