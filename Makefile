@@ -1,5 +1,5 @@
 # `make` prints what there is to do. Recipes name relative paths only: make cannot hold a path with a space in it.
-.PHONY: able help setup lab book site notebooks test lint links requirements clean
+.PHONY: able help setup lab book site notebooks test lint links bench requirements clean
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH PYTHONHOME
@@ -41,6 +41,9 @@ test: setup ## Run every test that can run here; the lab is started and stopped 
 
 lint: setup ## Check code, notebooks, spelling and the site's links
 	@$(bin)/pytest tests/lint tests/site/test_links.py
+
+bench: setup ## Measure starting, stopping and idling the lab
+	@$(bin)/lab bench
 
 links: setup ## Check the links to other sites (needs the internet)
 	@$(bin)/python -m lab.book build --stored --builder linkcheck

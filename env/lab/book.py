@@ -308,16 +308,18 @@ def slim_icons(app: Sphinx, error: Exception | None) -> None:
     font = static / "vendor/fontawesome/webfonts/fa-solid-900.woff2"
     if error or not font.is_file():
         return
-    style = (static / "styles/pydata-sphinx-theme.css").read_text()
+    styles = "".join(path.read_text() for path in static.rglob("*.css"))
     pages = "".join(path.read_text() for path in [*Path(app.outdir).rglob("*.html"), *static.glob("scripts/*.js")])
-    names = set(re.findall(r"\bfa-[a-z0-9-]+", pages))
-    shown = [code for selectors, code in re.findall(r'([^{}]+)\{(?:--fa|content):"\\([0-9a-f]+)"', style)
-             if names & set(re.findall(r"\.(fa-[a-z0-9-]+)", selectors))]  # fmt: skip
-    shown += re.findall(r'--pst-[a-z-]+:\s*"\\([0-9a-f]+)"', style)
+    used = set(re.findall(r"\bfa-[a-z0-9-]+", pages))
+    shown = re.findall(r"[\ue000-\uf8ff]", styles)
+    for selectors, code in re.findall(r'([^{}]*)\{[^{}]*content:\s*"\\([0-9a-f]{2,4})"', styles):
+        names = set(re.findall(r"\.(fa-[a-z0-9-]+)", selectors))
+        if not names or names & used:
+            shown.append(chr(int(code, 16)))
     options = subset.Options(flavor="woff2")
     content = subset.load_font(font, options)
     subsetter = subset.Subsetter(options)
-    subsetter.populate(unicodes=[int(code, 16) for code in shown])
+    subsetter.populate(text="".join(shown))
     subsetter.subset(content)
     subset.save_font(content, font, options)
 

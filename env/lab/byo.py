@@ -12,7 +12,8 @@ from kubernetes.config.config_exception import ConfigException
 from kubernetes.config.kube_config import ConfigNode, KubeConfigMerger
 from urllib3.exceptions import HTTPError
 
-from lab import pki, settings
+from lab import images, pki, settings
+from lab.checks import wait
 from lab.errors import LabError, MissingPrerequisite, NotRunning
 
 OLDEST = (1, 33)
@@ -108,6 +109,7 @@ def check_cluster(context: str) -> str:
                         f"In the cluster of context {context!r} you may not {verb} {resource}.", "Ask its administrator for that right."
                     )
             nodes = len(client.CoreV1Api(api).list_node(_request_timeout=10).items)
+            _check_images(client.CoreV1Api(api), context)
     except ConfigException as error:
         raise LabError(
             f"The context {context!r} cannot be used: {str(error).splitlines()[0]}.", f"Try `kubectl --context={context} get nodes`."
@@ -121,6 +123,32 @@ def check_cluster(context: str) -> str:
             f"The cluster of context {context!r} does not answer: {type(error).__name__}.", f"Try `kubectl --context={context} get nodes`."
         ) from None
     return f"Your cluster {context}: Kubernetes {told.git_version}, {nodes} node(s)."
+
+
+def _check_images(api: client.CoreV1Api, context: str) -> None:
+    """Start a Pod of a demo image: only the cluster itself can say whether it has or gets it."""
+    image = images.name("client:v1")
+    container = {"name": "try", "image": image, "imagePullPolicy": "IfNotPresent", "command": ["python3", "-c", "pass"]}
+    pod = {"metadata": {"generateName": "by-experiment-image-"}, "spec": {"restartPolicy": "Never", "containers": [container]}}
+    name = api.create_namespaced_pod("default", pod).metadata.name
+    reason = ""
+
+    def decided() -> bool:
+        nonlocal reason
+        status = api.read_namespaced_pod_status(name, "default").status
+        waiting = next((one.state.waiting.reason for one in status.container_statuses or [] if one.state.waiting), "") or ""
+        reason = waiting if "Image" in waiting else ""
+        return bool(reason) or status.phase in ("Succeeded", "Failed", "Running")
+
+    try:
+        wait(f"a Pod of {image} in the cluster of context {context!r}", decided, limit=60)
+    finally:
+        api.delete_namespaced_pod(name, "default", grace_period_seconds=0)
+    if reason:
+        raise MissingPrerequisite(
+            f"The cluster of context {context!r} does not have the image {image} ({reason}).",
+            "`lab images` writes the archive: load it with `kind load image-archive` or the like, or push it to a registry and name that with LAB_IMAGES.",
+        )
 
 
 def check_brokers(servers: str) -> str:

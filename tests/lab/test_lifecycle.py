@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,4 +134,30 @@ def test_commands_without_a_lab_say_so(lab: Lab) -> None:
 
 def test_a_cache_that_cannot_be_written_is_one_line(lab: Lab) -> None:
     assert "/proc/nothing" in lab.fails("up", LAB_CACHE="/proc/nothing")
+    assert traces() == []
+
+
+def without_network(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run shell lines, in which `lab` is the command, where there is a loopback and nothing else."""
+    inside = f'lab() {{ "{sys.executable}" -m lab "$@"; }}; ip link set lo up; {script}'
+    own = {"LAB_INSTANCE": "9"} | environment
+    return subprocess.run(["unshare", "--net", "sh", "-ec", inside], env=os.environ | own, capture_output=True, text=True, timeout=300)
+
+
+def test_once_built_it_needs_no_network(lab: Lab) -> None:
+    lab.well("down", "--force")
+    done = without_network("lab up; lab status; lab kubectl get nodes; lab down")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert traces() == []
+
+
+def test_without_network_and_cache_it_says_what_it_lacks(lab: Lab, tmp_path: Path) -> None:
+    lab.well("down", "--force")
+    done = without_network("lab up", LAB_CACHE=str(tmp_path))
+    assert done.returncode == 1
+    complaints = [line for line in done.stderr.splitlines() if line.startswith("lab: ")]
+    assert len(complaints) == 1, done.stderr
+    assert "could not be" in complaints[0], done.stderr
+    assert "network" in complaints[0], done.stderr
+    assert "Traceback" not in done.stderr
     assert traces() == []

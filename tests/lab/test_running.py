@@ -208,6 +208,7 @@ def test_a_second_checkout_is_told_who_holds_the_lab(up: Lab, tmp_path: Path) ->
         ({"LAB_CLUSTER": "nonsense"}, "LAB_CLUSTER='nonsense' is not understood"),
         ({"LAB_CLUSTER": "context:nonsense"}, "has no context 'nonsense'"),
         ({"LAB_CLUSTER": "context:lab", "KUBECONFIG": "/dev/null"}, "No kubeconfig can be read at /dev/null"),
+        ({"LAB_CLUSTER": "context:lab", "LAB_IMAGES": "localhost/nowhere"}, "does not have the image localhost/nowhere/client:v1"),
         ({"LAB_BROKERS": "nonsense"}, "'nonsense' is not a bootstrap server"),
         ({"LAB_BROKERS": "127.0.0.1:1"}, "No broker answers at 127.0.0.1:1"),
     ],
