@@ -17,4 +17,5 @@ import pytest
 )
 def test_clean(command: list[str], pytestconfig: pytest.Config) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=pytestconfig.rootpath, capture_output=True, text=True)
-    assert done.returncode == 0, f"\n{done.stdout}{done.stderr}"
+    if done.returncode:
+        pytest.fail(f"{done.stdout}{done.stderr}", pytrace=False)

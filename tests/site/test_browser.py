@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
+from fontTools.ttLib import TTFont
 from playwright.sync_api import Browser, Page, Route
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +84,13 @@ def test_accessible(open_page: Callable[..., Page], name: str, scheme: str, tmp_
     assert (brightness > 600) if scheme == "light" else (brightness < 150)
     found = Axe().run(page, options={"runOnly": WCAG})
     assert found.violations_count == 0, found.generate_report()
+
+
+def test_icons_are_in_the_font(site: Path) -> None:
+    file = site / "_static/vendor/fontawesome/webfonts/fa-solid-900.woff2"
+    icons = {"bars": 0xF0C9, "search": 0xF002, "download": 0xF019, "theme": 0xF042, "contents": 0xF03A, "note": 0xF05A, "exercise": 0xF303}
+    assert set(icons.values()) <= set(TTFont(file).getBestCmap())
+    assert file.stat().st_size < 10_000
 
 
 def test_search_finds_a_lesson(open_page: Callable[..., Page]) -> None:
