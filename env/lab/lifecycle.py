@@ -26,6 +26,8 @@ from lab.supervise import Supervisor
 MARK = "BY_EXPERIMENT_STATE"
 """Every process that the lab starts on the host carries this variable; its value is the state folder."""
 TUNABLES = "tunables.json"
+PATIENCE = 90.0
+"""Seconds that each step of the start may take; it takes 4 at most on two idle cores."""
 STAYS_PUT = "installed"
 """A file in the state folder: everything in it was written whole."""
 
@@ -235,12 +237,12 @@ def _start(report: Report, state: Path, *, nodes: int, with_brokers: bool) -> La
             network.up(subnet, {one.name: one.address for one in machines}, cluster.pod_subnets(names))
     control.start({MARK: str(state)})
     for one in machines:
-        one.supervisor.wait_running(20)
+        one.supervisor.wait_running(PATIENCE)
     if nodes:
         _wait_cluster(report, lab)
     if with_brokers:
         with report.step("Three Kafka brokers in one quorum"):
-            brokers.wait_ready(90)
+            brokers.wait_ready(PATIENCE)
     lab.save()
     return lab
 
@@ -248,20 +250,20 @@ def _start(report: Report, state: Path, *, nodes: int, with_brokers: bool) -> La
 def _wait_cluster(report: Report, lab: Lab) -> None:
     api = cluster.Api(Path(lab.state), lab.subnet)
 
-    def until(what: str, limit: float, holds: Callable[[], bool]) -> None:
-        end = time.monotonic() + limit
+    def until(what: str, holds: Callable[[], bool]) -> None:
+        end = time.monotonic() + PATIENCE
         while not holds():
             if time.monotonic() > end:
-                raise Unhealthy(f"{what} did not come within {limit:.0f} s.", "`lab logs` lists what each component said.")
+                raise Unhealthy(f"{what} did not come within {PATIENCE:.0f} s.", "`lab logs` lists what each component said.")
             time.sleep(0.05)
 
     with report.step("The API server answers"):
-        until("The API server's answer", 60, api.ready)
+        until("The API server's answer", api.ready)
     cluster.apply_manifests(functools.partial(cluster.kubectl, lab.kubeconfig))
     with report.step(f"{len(lab.nodes)} node(s) Ready"):
-        until("The nodes' readiness", 60, lambda: api.nodes_ready(len(lab.nodes)))
+        until("The nodes' readiness", lambda: api.nodes_ready(len(lab.nodes)))
     with report.step("Cluster DNS answers"):
-        until("The cluster's DNS", 60, api.dns_ready)
+        until("The cluster's DNS", api.dns_ready)
 
 
 def init_pid(state: Path, name: str) -> int:
