@@ -57,7 +57,7 @@ def _batch(lines: list[str], inside: str | None = None) -> None:
     done = subprocess.run(["ip", *where, "-batch", "-"], input="\n".join(lines) + "\n", capture_output=True, text=True)
     if done.returncode:
         raise MissingPrerequisite(
-            f"The kernel refused a part of the lab's network: {done.stderr.strip().splitlines()[0].rstrip(".")}.",
+            f"The kernel refused a part of the lab's network: {done.stderr.strip().splitlines()[0].rstrip('.')}.",
             "The lab needs network namespaces, bridges and veth pairs.",
         )
 

@@ -179,8 +179,13 @@ class Supervisor:
         Raises:
             NotRunning: There is no such program, or no supervisord.
         """
+        # Killed first, it would be restarted; told to stop first, it would end in an orderly way. A frozen one does neither.
+        self._call("signalProcess", name, "STOP")
+        self._call("stopProcess", name, False)
         self._call("signalProcess", name, "KILL")
-        self._call("stopProcess", name)
+        end = time.monotonic() + 5
+        while any(told["name"] == name and told["statename"] == "STOPPING" for told in self.processes()) and time.monotonic() < end:
+            time.sleep(0.01)
 
     def signal_program(self, name: str, signal: str) -> None:
         """Send one program a signal, e.g. "STOP" or "CONT".
