@@ -203,7 +203,7 @@ class Supervisor:
         """
         self._call("startProcess", name)
 
-    def _call(self, method: str, *arguments: str) -> None:
+    def _call(self, method: str, *arguments: str | bool) -> None:
         try:
             getattr(self.rpc.supervisor, method)(*arguments)
         except xmlrpc.client.Fault as fault:
