@@ -18,12 +18,12 @@ from lab import checks
 from lab.errors import Unhealthy
 from lab.images import UNPRIVILEGED
 
-SETTLED = 1.0
+SETTLED = 0.7
 """Seconds of requests before a block and after it, so that what happens in it is seen whole."""
 
 
 class Load:
-    """Requests on a fixed schedule, from a Pod: from a second before its block until a second after it.
+    """Requests on a fixed schedule, from a Pod: from shortly before its block until shortly after it.
 
     Args:
         namespace: Where the Pod runs.
@@ -49,7 +49,7 @@ class Load:
         self.begin = self.end = 0.0
 
     def __enter__(self) -> Load:
-        """Start the Pod and wait until it has sent requests for a second.
+        """Start the Pod and wait until it has been answered for a while.
 
         Raises:
             Unhealthy: It did not start.
@@ -132,7 +132,7 @@ class Load:
             self._lines.append(line)
 
     def __exit__(self, error: type | None, *_: object) -> None:
-        """Let the requests of one more second pass, wait for the answers under way, fetch the rows and remove the Pod."""
+        """Let some more requests pass, wait for the answers under way, fetch the rows and remove the Pod."""
         api = client.CoreV1Api()
         self.end = time.time()
         if error is None:
