@@ -11,8 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from filelock import FileLock
-
 from lab import settings
 from lab.errors import BuildFailed
 from lab.report import Report
@@ -102,7 +100,7 @@ def build(report: Report) -> Path:
     if built():
         return folder()
     settings.cache().mkdir(parents=True, exist_ok=True)
-    with FileLock(settings.cache() / "build.lock"):
+    with report.alone(settings.cache() / "build.lock"):
         if not built():
             _build(report)
     return folder()

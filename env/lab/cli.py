@@ -16,7 +16,8 @@ from lab import settings
 from lab.errors import LabError, NotRunning
 from lab.report import Report
 
-KEPT_FOR_ROOT = ("HOME", "LAB_CACHE", "LAB_INSTANCE", "XDG_CACHE_HOME", "PATH")
+KEPT_FOR_ROOT = ("HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "KUBECONFIG")
+"""What root needs of the person's environment, beside every variable that begins with LAB_."""
 
 
 class Command(click.Group):
@@ -43,13 +44,14 @@ class Command(click.Group):
 @click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """A local Kubernetes cluster and three Kafka brokers for the book's notebooks."""
+    os.environ["PATH"] = os.pathsep.join(dict.fromkeys([*os.environ.get("PATH", "").split(os.pathsep), *settings.ADMIN_PATH]))
 
 
 def _as_root() -> None:
     """Go on as root through sudo, keeping what the lab reads of the environment."""
     if os.geteuid() == 0:
         return
-    kept = [f"{name}={os.environ[name]}" for name in KEPT_FOR_ROOT if name in os.environ]
+    kept = [f"{name}={value}" for name, value in os.environ.items() if name in KEPT_FOR_ROOT or name.startswith("LAB_")]
     cache = [] if "LAB_CACHE" in os.environ else [f"LAB_CACHE={settings.cache()}"]
     sys.stdout.flush()
     os.execvp("sudo", ["sudo", "env", "PYTHONDONTWRITEBYTECODE=1", *kept, *cache, sys.executable, "-m", "lab", *sys.argv[1:]])

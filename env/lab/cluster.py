@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
-from filelock import FileLock
 
 from lab import binaries, images, network, pki, settings
 from lab.errors import Unhealthy
@@ -321,7 +320,7 @@ def image_store(report: Report) -> Path:
     target = settings.cache() / f"store-{'-'.join(archive.stem.partition('-')[2] for archive in archives)}"
     if target.is_dir():
         return target
-    with FileLock(settings.cache() / "store.lock"), report.step("Unpack the images"):
+    with report.alone(settings.cache() / "store.lock"), report.step("Unpack the images"):
         draft = target.with_name("store.new")
         shutil.rmtree(draft, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix="lab-") as scratch:

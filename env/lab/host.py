@@ -20,7 +20,6 @@ from lab.report import Report
 
 PACKAGES = {"runc": "runc", "nft": "nftables", "ip": "iproute2", "catatonit": "catatonit", "nsenter": "util-linux", "unshare": "util-linux"}
 """The Debian package of each program that the cluster needs and the lab does not build."""
-ADMIN_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 MEMORY = 3.0
 """GB that must be available: the idle lab takes 1.8, the lessons' Pods the rest."""
 
@@ -56,7 +55,7 @@ def clusterless() -> LabError | None:
 
 def missing_programs() -> list[str]:
     """The programs of PACKAGES that are not there."""
-    return [name for name in PACKAGES if shutil.which(name, path=f"{os.environ.get('PATH', '')}:{ADMIN_PATH}") is None]
+    return [name for name in PACKAGES if shutil.which(name) is None]
 
 
 def install_programs(report: Report) -> None:
@@ -65,7 +64,6 @@ def install_programs(report: Report) -> None:
     Raises:
         MissingPrerequisite: There is no apt, or it failed.
     """
-    os.environ["PATH"] = os.pathsep.join(dict.fromkeys([*os.environ.get("PATH", "").split(os.pathsep), *ADMIN_PATH.split(":")]))
     missing = missing_programs()
     if not missing:
         return
@@ -218,7 +216,7 @@ def examine(*, running: bool) -> list[Finding]:
                 "End what holds them.",
             )
         )
-        if shutil.which("ip", path=ADMIN_PATH):
+        if shutil.which("ip"):
             try:
                 findings.append(Finding("addresses", True, f"{network.free_subnet()} is free"))
             except Occupied as error:

@@ -24,8 +24,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from lab import binaries, settings
 from lab.errors import BuildFailed
 from lab.report import Report
@@ -263,7 +261,7 @@ def _once(target: Path, earlier: str, title: str, write, report: Report) -> None
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.parent / "images.lock"):
+    with report.alone(target.parent / "images.lock"):
         if target.exists():
             return
         with report.step(title):

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
-from filelock import FileLock
 
 from lab import binaries, brokers, cluster, host, images, machine, network, settings
 from lab.errors import NotRunning, Occupied, Unhealthy
@@ -83,7 +82,7 @@ def prepare(report: Report, *, with_cluster: bool, with_brokers: bool) -> None:
         host.install_programs(report)
 
     def kafka() -> None:
-        with FileLock(settings.cache() / "kafka.lock"), report.step(f"Kafka {settings.KAFKA}: jars and start-up cache"):
+        with report.alone(settings.cache() / "kafka.lock"), report.step(f"Kafka {settings.KAFKA}: jars and start-up cache"):
             brokers.prepare()
 
     def kubernetes() -> None:
@@ -235,7 +234,7 @@ def _start(report: Report, state: Path, *, nodes: int, with_brokers: bool) -> La
         (state / TUNABLES).write_text(json.dumps(host.tunables()))
         with report.step("Lay the network"):
             network.up(subnet, {one.name: one.address for one in machines}, cluster.pod_subnets(names))
-    control.start({MARK: str(state)})
+    control.start({MARK: str(state)}, PATIENCE)
     for one in machines:
         one.supervisor.wait_running(PATIENCE)
     if nodes:

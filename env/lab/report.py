@@ -6,7 +6,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -73,6 +75,20 @@ class Report:
         if not self._quiet:
             with self._lock:
                 (self.live.console if self.live else self._console).print(text, markup=False)
+
+    @contextmanager
+    def alone(self, path: Path) -> Iterator[None]:
+        """Hold the lock at `path`; say so before waiting for whoever has it."""
+        lock = FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            self.say(f"Another `lab` command holds {path.name}; waiting for it.")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     @contextmanager
     def step(self, title: str) -> Iterator[Step]:

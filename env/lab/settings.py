@@ -25,6 +25,9 @@ ENV = Path(__file__).resolve().parent.parent
 """The folder `env/` of this checkout."""
 CHECKOUT = ENV.parent
 
+ADMIN_PATH = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+"""Where Debian keeps nft and others, which is not on everybody's PATH."""
+
 BROKER_PORT = 19092 + 1000 * int(INSTANCE or 0)
 """Loopback port of broker 1; brokers 2 and 3 follow. The controllers' ports are 100 above, the Pods' 200 above."""
 BROKER_IDS = (1, 2, 3)

@@ -117,8 +117,8 @@ class Supervisor:
         """The argument vector that runs this supervisord in the foreground."""
         return (sys.executable, "-m", "supervisor.supervisord", "-c", str(self.folder / "supervisord.conf"))
 
-    def start(self, environment: Mapping[str, str]) -> None:
-        """Start supervisord in a session of its own, with nothing inherited, and wait until it answers (10 s).
+    def start(self, environment: Mapping[str, str], limit: float = 30) -> None:
+        """Start supervisord in a session of its own, with nothing inherited, and wait until it answers.
 
         Raises:
             Unhealthy: It ended, or did not answer in time.
@@ -127,7 +127,7 @@ class Supervisor:
             process = subprocess.Popen(
                 self.command, stdin=null, stdout=null, stderr=null, cwd="/", env={**os.environ, **environment}, start_new_session=True
             )
-        self.wait_running(10, alive=lambda: process.poll() is None)
+        self.wait_running(limit, alive=lambda: process.poll() is None)
 
     def wait_running(self, limit: float, alive: Callable[[], bool] = lambda: True) -> None:
         """Wait until supervisord answers. Asking wakes it, so that it starts its programs at once and not after its tick of a second.
