@@ -120,6 +120,10 @@ class Supervisor:
     def start(self, environment: Mapping[str, str], limit: float = 30) -> None:
         """Start supervisord in a session of its own, with nothing inherited, and wait until it answers.
 
+        Args:
+            environment: Variables added to those of this process.
+            limit: Seconds to wait.
+
         Raises:
             Unhealthy: It ended, or did not answer in time.
         """
