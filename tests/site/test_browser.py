@@ -40,6 +40,7 @@ def open_page(browser: Browser, site: Path) -> Iterator[Callable[..., Page]]:
 
     def opened(name: str, scheme: str = "light", width: int = 1280) -> Page:
         context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}, permissions=["clipboard-read"])
+        context.set_default_timeout(120_000)
         contexts.append(context)
         page = context.new_page()
         page.complaints, page.weights = [], {}
