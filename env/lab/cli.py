@@ -71,10 +71,10 @@ def _root_lab() -> bool:
 
 
 @main.command()
-@click.option("--nodes", type=click.IntRange(1, settings.MAX_NODES), default=2, show_default=True, help="Worker nodes.")
+@click.option("--nodes", type=click.IntRange(1, settings.MAX_NODES), help="Worker nodes; 2 where none run yet.")
 @click.option("--no-cluster", is_flag=True, help="Brokers only; needs no root.")
 @click.option("--no-brokers", is_flag=True, help="Cluster only.")
-def up(nodes: int, no_cluster: bool, no_brokers: bool) -> None:
+def up(nodes: int | None, no_cluster: bool, no_brokers: bool) -> None:
     """Bring the lab up, or find it running."""
     from lab import host, lifecycle
 

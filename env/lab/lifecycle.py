@@ -27,6 +27,7 @@ MARK = "BY_EXPERIMENT_STATE"
 TUNABLES = "tunables.json"
 PATIENCE = 90.0
 """Seconds that each step of the start may take; it takes 4 at most on two idle cores."""
+DEFAULT_NODES = 2
 STAYS_PUT = "installed"
 """A file in the state folder: everything in it was written whole."""
 
@@ -97,12 +98,12 @@ def prepare(report: Report, *, with_cluster: bool, with_brokers: bool) -> None:
             job.result()
 
 
-def up(report: Report, *, nodes: int = 2, with_cluster: bool = True, with_brokers: bool = True) -> Lab:
+def up(report: Report, *, nodes: int | None = None, with_cluster: bool = True, with_brokers: bool = True) -> Lab:
     """Bring the lab up, or find it running.
 
     Args:
         report: Where each step is told.
-        nodes: How many worker nodes, 1 to `settings.MAX_NODES`.
+        nodes: How many worker nodes, 1 to `settings.MAX_NODES`; None takes what runs, else `DEFAULT_NODES`.
         with_cluster: Whether to run the cluster; needs root.
         with_brokers: Whether to run the brokers.
 
@@ -115,13 +116,14 @@ def up(report: Report, *, nodes: int = 2, with_cluster: bool = True, with_broker
         if (running := _running(state)) is not None:
             return _found(running, report, nodes=nodes, with_cluster=with_cluster, with_brokers=with_brokers)
         prepare(report, with_cluster=with_cluster, with_brokers=with_brokers)
+        wanted = (nodes or DEFAULT_NODES) if with_cluster else 0
         _end(state)
         host.require(cluster=with_cluster, kafka=with_brokers)
-        if state.exists() and not _fits(state, nodes if with_cluster else 0, with_brokers):
+        if state.exists() and not _fits(state, wanted, with_brokers):
             shutil.rmtree(state)
         fresh = not state.exists()
         try:
-            return _start(report, state, nodes=nodes if with_cluster else 0, with_brokers=with_brokers)
+            return _start(report, state, nodes=wanted, with_brokers=with_brokers)
         except BaseException:
             _keep_logs(state)
             _end(state)
@@ -161,19 +163,21 @@ def _running(state: Path) -> Lab | None:
     return None
 
 
-def _found(lab: Lab, report: Report, *, nodes: int, with_cluster: bool, with_brokers: bool) -> Lab:
-    if with_cluster and len(lab.nodes) != nodes:
-        raise Occupied(f"The lab runs with {len(lab.nodes)} node(s), not {nodes}.", "Take it down first with `lab down`.")
+def _found(lab: Lab, report: Report, *, nodes: int | None, with_cluster: bool, with_brokers: bool) -> Lab:
+    if with_cluster and (not lab.nodes or nodes not in (None, len(lab.nodes))):
+        raise Occupied(f"The lab runs with {len(lab.nodes)} node(s), not {nodes or DEFAULT_NODES}.", "Take it down first with `lab down`.")
     if with_brokers and not lab.bootstrap:
         raise Occupied("The lab runs without brokers.", "Take it down first with `lab down`.")
     control = supervisor(Path(lab.state))
-    for process in control.processes():
-        if process["statename"] != "RUNNING":
-            report(f"{process['name']} was {process['statename'].lower()}; starting it.")
-            control.start_program(process["name"])
-            if process["name"].startswith("broker-"):
-                brokers.wait_ready(60)
+    dead = [process for process in control.processes() if process["statename"] != "RUNNING"]
+    for process in dead:
+        report(f"{process['name']} was {process['statename'].lower()}; starting it.")
+        control.start_program(process["name"])
+    if any(process["name"].startswith("broker-") for process in dead):
+        brokers.wait_ready(PATIENCE)
     report("The lab is up already.")
+    if lab.nodes and json.loads((Path(lab.state) / STAYS_PUT).read_text())["images"] != _images():
+        report("The demo images have changed since: `lab down` and `lab up` bring the new ones.")
     return lab
 
 
@@ -193,8 +197,15 @@ def _shape(nodes: int, with_brokers: bool, subnet: str) -> dict:
         "subnet": subnet,
         "cache": str(settings.cache()),
         "cluster": binaries.key() if nodes else "",
+        "images": _images() if nodes else [],
         "checkout": str(settings.CHECKOUT),
     }
+
+
+def _images() -> list[str]:
+    """The image archives that the sources of now give, by name."""
+    silent = Report(quiet=True)
+    return [images.system_archive(silent).name, images.demo_archive(silent).name]
 
 
 def _start(report: Report, state: Path, *, nodes: int, with_brokers: bool) -> Lab:

@@ -129,7 +129,7 @@ def capacity(
         axis.vlines(mine, 0, 0.12 * want, color=COLORS["black"], lw=1.4)
         axis.set_title(name, fontsize=10.5, pad=4)
         axis.set_title(f"{end - begin:.1f} s, {len(mine) or 'none'} lost", loc="right", fontsize=10.5, fontweight="normal", pad=4)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, max(1.2 * want, axis.get_ylim()[1], max(ready) + 0.3))
         axis.yaxis.get_major_locator().set_params(integer=True)
     for axis in axes.flat[len(phases) :]:
         axis.set_visible(False)

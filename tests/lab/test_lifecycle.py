@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+
+from lab import lifecycle
 
 from .conftest import STATE, Lab, traces
 
@@ -26,8 +30,16 @@ def interrupt(lab: Lab, moment: str, how: signal.Signals, *options: str) -> int:
             if moment in line:
                 break
     process.send_signal(how)
-    process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=120)
+    print(said)
     return process.returncode
+
+
+def power_cut() -> None:
+    """End every process of the lab at once; those in a machine end with it."""
+    for process in lifecycle.processes(STATE):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def test_down_leaves_nothing_behind(lab: Lab) -> None:
@@ -77,12 +89,9 @@ def test_of_two_ups_at_once_one_waits(lab: Lab) -> None:
 
 
 def test_a_lab_whose_processes_are_gone_comes_back_with_its_objects(lab: Lab) -> None:
-    from lab import lifecycle
-
     lab.well("up", "--no-brokers")
     lab.kubectl("create", "configmap", "kept", "--from-literal=a=1")
-    for process in lifecycle.processes(STATE):
-        process.kill()
+    power_cut()
     assert "processes are gone" in lab("status").stdout
     lab.well("up", "--no-brokers")
     assert lab.kubectl("get", "configmap", "kept", "-o=jsonpath={.data.a}") == "1"
@@ -91,11 +100,8 @@ def test_a_lab_whose_processes_are_gone_comes_back_with_its_objects(lab: Lab) ->
 
 
 def test_a_dead_lab_of_another_checkout_is_cleaned_away(lab: Lab, tmp_path: Path) -> None:
-    from lab import lifecycle
-
     lab.well("up", "--no-brokers")
-    for process in lifecycle.processes(STATE):
-        process.kill()
+    power_cut()
     for name in ("lab.json", "installed"):
         told = json.loads((STATE / name).read_text())
         (STATE / name).write_text(json.dumps(told | {"checkout": str(tmp_path)}))
