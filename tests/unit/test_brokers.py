@@ -104,6 +104,7 @@ def test_three_brokers_in_one_quorum_lose_one_and_get_it_back(other_ports, tmp_p
             admin.create_topics(["t"])
             assert len(admin.describe_topics(["t"])[0]["partitions"][0]["replica_nodes"]) == 3
         supervisor.kill_program("broker-2")
+        assert {told["name"]: told["statename"] for told in supervisor.processes()}["broker-2"] == "STOPPED"
         end = time.monotonic() + 15
         while (standing := brokers.standing()).get(2) != "fenced":
             assert time.monotonic() < end, standing
