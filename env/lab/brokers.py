@@ -75,7 +75,7 @@ def prepare(report: Callable[[str], None] = lambda line: None) -> None:
         report: Called with a line of progress.
 
     Raises:
-        BuildFailed: A jar could not be fetched, or is not the one that was locked.
+        BuildFailed: A jar could not be fetched or is not the one that was locked, or the disk is full.
     """
     from jgo.env import LockFile
 
@@ -84,7 +84,10 @@ def prepare(report: Callable[[str], None] = lambda line: None) -> None:
         _fetch(home, report)
     if not (home / "template").is_dir() or not _aot_cache().exists():
         report("Kafka: one start to learn from, for the AOT cache")
-        _rehearse(home)
+        try:
+            _rehearse(home)
+        except OSError as error:
+            raise BuildFailed(f"Kafka's first start could not be prepared: {error}.", "Free some space, then try again.") from None
 
 
 def programs(state: Path, pods_address: str | None, user: str = "") -> list[Program]:
@@ -233,7 +236,7 @@ def _java(main: str, *arguments: str, jvm: Sequence[str] = ()) -> tuple[str, ...
 
 def _cached() -> tuple[str, ...]:
     """The flag that makes a start fast, where the AOT cache could be made (https://openjdk.org/jeps/483)."""
-    return (f"-XX:AOTCache={_aot_cache()}", "-Xlog:aot*=error") if _aot_cache().exists() else ()
+    return (f"-XX:AOTCache={_aot_cache()}", "-Xlog:aot*=error") if _aot_cache().exists() and _aot_cache().stat().st_size else ()
 
 
 def _rehearse(home: Path) -> None:
@@ -288,7 +291,7 @@ def _rehearse(home: Path) -> None:
         broker.wait(timeout=120)
         output.rename(_aot_cache())
     except (KafkaError, OSError, subprocess.TimeoutExpired, Unhealthy):
-        pass  # A broker starts without its cache too, a second later.
+        _aot_cache().touch()  # A broker starts without its cache too, a second later: empty, it says not to try again.
     finally:
         with suppress(ProcessLookupError):
             os.killpg(broker.pid, signal.SIGKILL)

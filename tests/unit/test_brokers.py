@@ -60,6 +60,14 @@ def test_a_changed_jar_is_not_run(monkeypatch, tmp_path):
         brokers.prepare()
 
 
+def test_brokers_start_without_the_aot_cache_too(monkeypatch, tmp_path):
+    shutil.copytree(brokers._home(), tmp_path / brokers._home().name, ignore=shutil.ignore_patterns("*.aot"))
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path))
+    brokers._aot_cache().touch()
+    brokers.prepare()
+    assert not any("AOT" in word for program in brokers.programs(tmp_path / "state", None) for word in program.command)
+
+
 def test_one_cluster_of_brokers_with_storage_of_their_own(tmp_path):
     brokers.programs(tmp_path, None)
     metas = [properties(tmp_path / f"broker-{number}" / "data" / "meta.properties") for number in settings.BROKER_IDS]
