@@ -80,10 +80,10 @@ def go(report: Report) -> Path:
                 f"The Go toolchain could not be installed: {_last_line(done.stderr)}", "Check the network, then run it again."
             )
         draft.replace(place)
-    found = sorted(place.rglob("bin/go"))
-    if not found:
+    program = place / "go" / "bin" / "go"
+    if not os.access(program, os.X_OK):
         raise BuildFailed(f"There is no go command in {place}.", "Remove that folder and run `lab build` again.")
-    return found[0]
+    return program
 
 
 def _last_line(text: str) -> str:
