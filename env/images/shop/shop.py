@@ -21,7 +21,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 VERSION = os.environ.get("VERSION", "dev")
 POD = os.environ.get("POD_NAME") or socket.gethostname()
 WORK = float(os.environ.get("WORK", "0.02"))
-QUIET = 0.3
+QUIET = 1.0
+"""Seconds without a connection after which draining is done: as long as kube-proxy may take to hear of it."""
 draining = threading.Event()
 
 
