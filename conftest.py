@@ -30,34 +30,33 @@ class Ground:
     Args:
         offers: "cluster", "brokers".
         lacking: Why there is no cluster, in one line, or "".
-        broken: What `lab up` said when it failed, or "".
+        up: Whether the lab came up.
     """
 
     offers: frozenset[str]
-    lacking: str = ""
-    broken: str = ""
+    lacking: str
+    up: bool
 
 
-def run_lab(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `lab` with `arguments`; both of its streams are in `stdout`."""
-    return subprocess.run([sys.executable, "-m", "lab", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
+LAB = (sys.executable, "-m", "lab")
 GROUND = pytest.StashKey[Ground]()
 
 
 def ground(config: pytest.Config) -> Ground:
-    """Bring the lab up once, with all that can run here; what was not up before is taken down at the end."""
+    """Bring the lab up once, in sight, with all that can run here; what was not up before is taken down at the end."""
     if GROUND not in config.stash:
-        doctor = run_lab("doctor", "--quick")
-        was_up = run_lab("status", "--json").stdout.strip() not in ("", "[]")
-        up = run_lab("up", *(["--no-cluster"] if doctor.returncode else []))
+        doctor = subprocess.run([*LAB, "doctor", "--quick"], capture_output=True, text=True)
+        was_up = subprocess.run([*LAB, "status", "--json"], capture_output=True, text=True).stdout.strip() not in ("", "[]")
+        without = ["--no-cluster"] if doctor.returncode else []
+        with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(flush=True)
+            up = subprocess.run([*LAB, "up", *without])
         if not was_up:
-            config.add_cleanup(lambda: run_lab("down"))
+            config.add_cleanup(lambda: subprocess.run([*LAB, "down"], capture_output=True))
         config.stash[GROUND] = Ground(
-            offers=frozenset(["brokers"] if doctor.returncode else ["cluster", "brokers"]),
-            lacking=doctor.stdout.strip().removeprefix("lab: "),
-            broken=up.stdout.strip() if up.returncode else "",
+            offers=frozenset({"brokers"} if without else {"cluster", "brokers"}),
+            lacking=doctor.stderr.strip().removeprefix("lab: "),
+            up=up.returncode == 0,
         )
     return config.stash[GROUND]
 
@@ -73,13 +72,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     found = ground(item.config)
     if needs - found.offers:
         pytest.skip(f"{item.path.relative_to(item.config.rootpath)} needs the {' and the '.join(needs - found.offers)}. {found.lacking}")
-    if found.broken and item.cell_num == 0:
-        pytest.fail(f"The lab did not come up:\n{found.broken}", pytrace=False)
-    elif found.broken:
-        pytest.skip("The lab did not come up: see the first cell.")
-
-
-@pytest.fixture(scope="session")
-def lab_ground(request: pytest.FixtureRequest) -> Ground:
-    """The lab, up, for tests that use it and leave it as it is."""
-    return ground(request.config)
+    if not found.up and item.cell_num == 0:
+        pytest.fail("The lab did not come up; what it said stands where it was started.", pytrace=False)
+    elif not found.up:
+        pytest.skip("The lab did not come up.")
