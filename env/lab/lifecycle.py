@@ -111,6 +111,9 @@ def up(report: Report, *, nodes: int | None = None, with_cluster: bool = True, w
         LabError: It could not be brought up; what was begun is undone.
     """
     state = settings.state()
+    refuse_if_held()
+    if _running(state) is None:
+        prepare(report, with_cluster=with_cluster, with_brokers=with_brokers)
     with exclusive(report):
         refuse_if_held()
         if (running := _running(state)) is not None:

@@ -19,6 +19,7 @@ from kubernetes import client, config
 from lab import access, images, lifecycle, settings
 from lab.errors import LabError, NotRunning
 from lab.load import Load
+from lab.shell import use_pipes
 from lab.watch import Watch
 
 TOPIC, OWNER = "by-experiment/topic", "by-experiment/owner"
@@ -175,6 +176,7 @@ def start(name: str, *, cluster: bool = False, brokers: bool = False) -> Topic:
         bootstrap = found["BOOTSTRAP"].split(",")
         for_pods = bootstrap if own.brokers else [server for server in (lab.bootstrap_pods if lab else "").split(",") if server]
         runs_on.append(_fresh_topics(name, bootstrap))
+    use_pipes()
     print(f"Runs on {' and '.join(runs_on)}.")
     return Topic(name, namespace, f"{name}-{suffix}-", bootstrap, for_pods, not (own.cluster or own.brokers))
 
