@@ -139,6 +139,7 @@ def test_commands_without_a_lab_say_so(lab: Lab) -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(lab: Lab) -> None:
+    lab.well("down", "--force")
     assert "/proc/nothing" in lab.fails("up", LAB_CACHE="/proc/nothing")
     assert traces() == []
 
