@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lab import lifecycle
+from lab import host, lifecycle
 
 from .conftest import STATE, Lab, traces
 
@@ -44,15 +44,12 @@ def power_cut() -> None:
 
 def test_down_leaves_nothing_behind(lab: Lab) -> None:
     lab.well("down", "--force")
-    tunables = subprocess.run(["sysctl", "-a", "--pattern", "^(vm.overcommit_memory|kernel.panic)"], capture_output=True, text=True).stdout
+    tunables = host.tunables()
     lab.well("up")
     assert len(traces()) > 10
     lab.well("down")
     assert traces() == []
-    assert (
-        subprocess.run(["sysctl", "-a", "--pattern", "^(vm.overcommit_memory|kernel.panic)"], capture_output=True, text=True).stdout
-        == tunables
-    )
+    assert host.tunables() == tunables
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL])
