@@ -179,7 +179,7 @@ def _found(lab: Lab, report: Report, *, nodes: int | None, with_cluster: bool, w
     if any(process["name"].startswith("broker-") for process in dead):
         brokers.wait_ready(PATIENCE)
     report("The lab is up already.")
-    if lab.nodes and json.loads((Path(lab.state) / STAYS_PUT).read_text())["images"] != _images():
+    if lab.nodes and json.loads((Path(lab.state) / STAYS_PUT).read_text()).get("images") != _images():
         report("The demo images have changed since: `lab down` and `lab up` bring the new ones.")
     return lab
 
