@@ -77,6 +77,11 @@ def test_loads_without_complaint_and_fits(open_page: Callable[..., Page], name: 
     height = page.evaluate("document.documentElement.scrollHeight")
     page.evaluate("Promise.all([...document.images].map(image => { image.loading = 'eager'; return image.decode() }))")
     assert page.evaluate("document.documentElement.scrollHeight") == height
+    plots = "[...document.querySelectorAll('main img')].filter(image => image.naturalWidth)"
+    assert all(
+        abs(ratio - 1) < 0.02
+        for ratio in page.evaluate(f"{plots}.map(image => image.width / image.height * image.naturalHeight / image.naturalWidth)")
+    )
     assert page.complaints == []
 
 
