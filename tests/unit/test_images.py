@@ -24,7 +24,7 @@ def layers(archive: Path, tag: str, target: Path) -> dict:
         entry = next(one for one in json.load(file.extractfile("manifest.json")) if tag in one["RepoTags"])
         for name in entry["Layers"]:
             with tarfile.open(fileobj=file.extractfile(name)) as layer:
-                layer.extractall(target, filter="tar")
+                layer.extractall(target)
         return json.load(file.extractfile(entry["Config"]))
 
 
