@@ -124,7 +124,7 @@ def status(as_json: bool) -> None:
     elif not rows:
         click.echo("No lab is up. Start it with `lab up`.")
     else:
-        told.show(rows, Console(width=None if sys.stdout.isatty() else 120))
+        told.show(rows, Console(width=max(shutil.get_terminal_size().columns, 112)))
     if not rows or any(row.state != "running" for row in rows):
         sys.exit(1)
 
