@@ -112,13 +112,14 @@ def up(report: Report, *, nodes: int | None = None, with_cluster: bool = True, w
     """
     state = settings.state()
     refuse_if_held()
-    if _running(state) is None:
+    if not (was_running := _running(state) is not None):
         prepare(report, with_cluster=with_cluster, with_brokers=with_brokers)
     with exclusive(report):
         refuse_if_held()
         if (running := _running(state)) is not None:
             return _found(running, report, nodes=nodes, with_cluster=with_cluster, with_brokers=with_brokers)
-        prepare(report, with_cluster=with_cluster, with_brokers=with_brokers)
+        if was_running:
+            prepare(report, with_cluster=with_cluster, with_brokers=with_brokers)
         wanted = (nodes or DEFAULT_NODES) if with_cluster else 0
         _end(state)
         host.require(cluster=with_cluster, kafka=with_brokers)

@@ -104,15 +104,3 @@ def cgroups(name: str = "") -> list[Path]:
         top = root / settings.FULL_NAME / name
         found += [Path(folder) for folder, _, _ in os.walk(top, topdown=False)]
     return found
-
-
-def memory(name: str) -> int:
-    """Bytes charged to the machine's cgroup, page cache left out; 0 when it is not there."""
-    total = 0
-    for base in (CGROUPS / settings.FULL_NAME / name, CGROUPS / "memory" / settings.FULL_NAME / name):
-        try:
-            stat = dict(line.split() for line in (base / "memory.stat").read_text().splitlines())
-        except OSError:
-            continue
-        total += int(stat.get("anon") or stat.get("total_rss") or 0)
-    return total

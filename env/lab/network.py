@@ -117,9 +117,3 @@ def down() -> None:
         with contextlib.suppress(OSError):
             NAMESPACES.rmdir()
     subprocess.run(["ip", "link", "delete", HOST_LINK], capture_output=True, check=False)
-
-
-def leftovers() -> list[str]:
-    """Namespaces and links of the lab that exist on the host."""
-    found = sorted(str(path) for path in NAMESPACES.glob(PREFIX + "*")) if NAMESPACES.is_dir() else []
-    return found + ([HOST_LINK] if Path("/sys/class/net", HOST_LINK).exists() else [])

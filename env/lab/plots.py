@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -184,16 +184,3 @@ def lives(load: Load, watch: Watch, service: str, colors: Mapping[str, str], tit
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.2, columnspacing=1.2)
     return figure
-
-
-def direct_labels(axis: plt.Axes, lines: Sequence, pad: float = 4) -> None:
-    """Write each line's label at its right end, in its colour, in place of a legend.
-
-    Args:
-        axis: The axes that hold the lines.
-        lines: The lines, as `axis.plot` returns them.
-        pad: Points between a line's end and its label.
-    """
-    for line in lines:
-        x, y = line.get_data()
-        axis.annotate(line.get_label(), (x[-1], y[-1]), xytext=(pad, 0), textcoords="offset points", va="center", color=line.get_color())

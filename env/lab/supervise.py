@@ -169,14 +169,6 @@ class Supervisor:
         except (OSError, xmlrpc.client.Error):
             return []
 
-    def stop_program(self, name: str) -> None:
-        """Stop one program in an orderly way and leave it stopped.
-
-        Raises:
-            NotRunning: There is no such program, or no supervisord.
-        """
-        self._call("stopProcess", name)
-
     def kill_program(self, name: str) -> None:
         """SIGKILL one program and leave it dead until `start_program`.
 
