@@ -7,6 +7,9 @@ Variables that a manifest may set:
                 "drain" answers what is under way, asks clients to reconnect elsewhere, then ends
   DRAIN         seconds that draining may take at most (default 8)
   PORT          where it listens (default 8080)
+  ENVIRONMENT   what it is told of where it runs; stands in each answer (default: not)
+  ORDERS        the database that takes each order, e.g. http://orders:8080 (default: none)
+  PASSWORD      the password of that database
 """
 
 import json
@@ -16,14 +19,30 @@ import socket
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 VERSION = os.environ.get("VERSION", "dev")
 POD = os.environ.get("POD_NAME") or socket.gethostname()
 WORK = float(os.environ.get("WORK", "0.02"))
+ORDERS = os.environ.get("ORDERS")
+TOLD = {name.lower(): os.environ[name] for name in ("ENVIRONMENT", "ORDERS") if name in os.environ}
 QUIET = 1.0
 """Seconds without a connection after which draining is done: as long as kube-proxy may take to hear of it."""
 draining = threading.Event()
+
+
+def place_order():
+    """Write one order to the database, if there is one; return what went wrong, or ""."""
+    headers = {"Authorization": f"Bearer {os.environ.get('PASSWORD', '')}"}
+    try:
+        urllib.request.urlopen(urllib.request.Request(ORDERS, data=b"{}", headers=headers), timeout=2).close()
+    except urllib.error.HTTPError as error:
+        return f"the database says {error.code} {error.reason}"
+    except OSError as error:
+        return f"the database does not answer: {error}"
+    return ""
 
 
 class Shop(BaseHTTPRequestHandler):
@@ -34,10 +53,13 @@ class Shop(BaseHTTPRequestHandler):
 
     def do_GET(self):
         """Answer one request."""
+        answer = {"version": VERSION, "pod": POD, **TOLD}
         if self.path != "/ready":
             time.sleep(WORK)
-        body = json.dumps({"version": VERSION, "pod": POD}).encode()
-        self.send_response(200)
+            if ORDERS and (wrong := place_order()):
+                answer["error"] = wrong
+        body = json.dumps(answer).encode()
+        self.send_response(502 if "error" in answer else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         if draining.is_set():
