@@ -1,4 +1,4 @@
-"""The cluster's programs, built from published Go modules and kept in the cache by the hash of their pins."""
+"""Programs built from published Go modules, the cluster's and the add-ons', kept in the cache by the hash of their pins."""
 
 from __future__ import annotations
 
@@ -9,47 +9,77 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab import settings
 from lab.errors import BuildFailed
 from lab.report import Report
 
-MODULE = settings.ENV / "cluster"
 TOOLCHAIN = settings.ENV / "go.txt"
-FLAGS = " ".join(
-    [
-        "-s -w",
-        f"-X k8s.io/component-base/version.gitVersion=v{settings.KUBERNETES}",
-        *(
-            f"-X k8s.io/component-base/version.git{part}={number}"
-            for part, number in zip(("Major", "Minor"), settings.KUBERNETES.split("."), strict=False)
-        ),
-        f"-X github.com/containerd/containerd/v2/version.Version={settings.CONTAINERD}",
-    ]
+
+
+@dataclass(frozen=True)
+class Module:
+    """A `go.mod` with nothing but `tool` lines, and what its programs are linked with.
+
+    Args:
+        name: What its folder in the cache begins with.
+        source: The folder of go.mod and go.sum.
+        title: What a person calls its programs.
+        flags: The linker's flags.
+        renamed: Programs whose module calls them otherwise, by that name.
+        upstream: Files and folders of its modules that are kept beside the programs: MODULE:PATH by the name they get.
+    """
+
+    name: str
+    source: Path
+    title: str
+    flags: str = "-s -w"
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    upstream: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What the programs depend on: the pins, the linker's flags, the processor."""
+        parts = [(self.source / name).read_bytes() for name in ("go.mod", "go.sum")]
+        parts += [self.flags.encode(), os.uname().machine.encode()]
+        parts += [json.dumps(sorted(self.upstream.items())).encode()] if self.upstream else []
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:12]
+
+    @property
+    def folder(self) -> Path:
+        """Where the programs lie once built."""
+        return settings.cache() / f"{self.name}-{self.key}"
+
+    @property
+    def built(self) -> bool:
+        """Whether they are there, whole."""
+        return self.folder.is_dir()
+
+
+CLUSTER = Module(
+    "cluster",
+    settings.ENV / "cluster",
+    f"Kubernetes {settings.KUBERNETES}, etcd, containerd and CoreDNS",
+    " ".join(
+        [
+            "-s -w",
+            f"-X k8s.io/component-base/version.gitVersion=v{settings.KUBERNETES}",
+            *(
+                f"-X k8s.io/component-base/version.git{part}={number}"
+                for part, number in zip(("Major", "Minor"), settings.KUBERNETES.split("."), strict=False)
+            ),
+            f"-X github.com/containerd/containerd/v2/version.Version={settings.CONTAINERD}",
+        ]
+    ),
+    renamed={"server": "etcd"},
 )
 
 
-def key() -> str:
-    """What the binaries depend on: the pins, the linker's flags, the processor."""
-    digest = hashlib.sha256()
-    for part in ((MODULE / "go.mod").read_bytes(), (MODULE / "go.sum").read_bytes(), FLAGS.encode(), os.uname().machine.encode()):
-        digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()[:12]
-
-
-def folder() -> Path:
-    """Where the binaries lie once built."""
-    return settings.cache() / f"cluster-{key()}"
-
-
-def built() -> bool:
-    """Whether they are there, whole."""
-    return folder().is_dir()
-
-
 def _required() -> tuple[int, ...]:
-    found = re.search(r"^go (\d+)\.(\d+)(?:\.(\d+))?", (MODULE / "go.mod").read_text(), re.MULTILINE)
+    found = re.search(r"^go (\d+)\.(\d+)(?:\.(\d+))?", (CLUSTER.source / "go.mod").read_text(), re.MULTILINE)
     return tuple(int(part or 0) for part in found.groups())
 
 
@@ -69,16 +99,9 @@ def go(report: Report) -> Path:
         draft = place.with_suffix(".new")
         shutil.rmtree(draft, ignore_errors=True)
         with report.step("Install the Go toolchain"):
-            done = subprocess.run(
-                [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--require-hashes", "--target", str(draft), "-r", str(TOOLCHAIN)],
-                capture_output=True,
-                text=True,
-                stdin=subprocess.DEVNULL,
-            )
-        if done.returncode:
-            raise BuildFailed(
-                f"The Go toolchain could not be installed: {_last_line(done.stderr)}", "Check the network, then run it again."
-            )
+            failed = install(TOOLCHAIN, draft)
+        if failed:
+            raise BuildFailed(f"The Go toolchain could not be installed: {failed}", "Check the network, then run it again.")
         draft.replace(place)
     program = place / "go" / "bin" / "go"
     if not os.access(program, os.X_OK):
@@ -91,30 +114,52 @@ def _last_line(text: str) -> str:
     return lines[-1].strip() if lines else "it said nothing"
 
 
-def build(report: Report) -> Path:
-    """Build what is not built yet and return the folder. What is interrupted goes on where it stopped.
+def install(requirements: Path, target: Path) -> str:
+    """Install the wheels that a file pins, with their hashes, into a folder; "" or what went wrong.
+
+    Args:
+        requirements: The file.
+        target: The folder.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--require-hashes", "--target", str(target), "-r", str(requirements)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    return _last_line(done.stderr) if done.returncode else ""
+
+
+def build(report: Report, modules: Iterable[Module] = (CLUSTER,)) -> None:
+    """Build the programs that are not built yet. What is interrupted goes on where it stopped.
+
+    Modules built in one go share what they have in common: the same package is compiled once.
 
     Raises:
         BuildFailed: A module could not be had or did not compile, or the disk is full.
     """
-    if built():
-        return folder()
+    modules = list(modules)
+    if all(module.built for module in modules):
+        return
     settings.cache().mkdir(parents=True, exist_ok=True)
     with report.alone(settings.cache() / "build.lock"):
-        if not built():
-            _build(report)
-    return folder()
+        missing = [module for module in modules if not module.built]
+        if not missing:
+            return
+        free = shutil.disk_usage(settings.cache()).free
+        if free < 8e9:
+            raise BuildFailed(
+                f"{settings.cache()} has {free / 1e9:.1f} GB free; the build needs 8 GB for a while and keeps 0.9 GB.",
+                "Free some, or set LAB_CACHE to another disk.",
+            )
+        toolchain = go(report)
+        scratch = settings.cache() / "go-build"
+        for module in missing:
+            _build(report, module, toolchain, scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _build(report: Report) -> None:
-    free = shutil.disk_usage(settings.cache()).free
-    if free < 8e9:
-        raise BuildFailed(
-            f"{settings.cache()} has {free / 1e9:.1f} GB free; the build needs 8 GB for a while and keeps 0.6 GB.",
-            "Free some, or set LAB_CACHE to another disk.",
-        )
-    toolchain = go(report)
-    scratch = settings.cache() / "go-build"
+def _build(report: Report, module: Module, toolchain: Path, scratch: Path) -> None:
     environment = {
         **os.environ,
         "CGO_ENABLED": "0",
@@ -130,7 +175,7 @@ def _build(report: Report) -> None:
     def run(*arguments: str) -> subprocess.Popen:
         return subprocess.Popen(
             [toolchain, *arguments],
-            cwd=MODULE,
+            cwd=module.source,
             env=environment,
             text=True,
             stdin=subprocess.DEVNULL,
@@ -138,8 +183,8 @@ def _build(report: Report) -> None:
             stderr=subprocess.STDOUT,
         )
 
-    with report.step(f"Fetch the Go modules of Kubernetes {settings.KUBERNETES}") as step:
-        wanted = sum(1 for line in (MODULE / "go.sum").read_text().splitlines() if "/go.mod " not in line)
+    with report.step(f"Fetch the Go modules of {module.title}") as step:
+        wanted = sum(1 for line in (module.source / "go.sum").read_text().splitlines() if "/go.mod " not in line)
         process = run("mod", "download", "-x")
         fetched, last = 0, ""
         for line in process.stdout:
@@ -153,24 +198,38 @@ def _build(report: Report) -> None:
                 f"A Go module could not be fetched: {last}", "Check the network, then run `lab build` again; it goes on where it stopped."
             )
 
-    with report.step(f"Build Kubernetes {settings.KUBERNETES}, etcd, containerd and CoreDNS") as step:
+    with report.step(f"Build {module.title}") as step:
         listed = run("list", "-deps", "-f", '{{if or .Stale (eq .Name "main")}}{{.ImportPath}}{{end}}', "tool")
         stale = listed.stdout.read().split()
         if listed.wait():
             raise BuildFailed(
-                f"The Go modules do not fit together: {_last_line(' '.join(stale))}", "Restore env/cluster/go.mod and go.sum."
+                f"The Go modules do not fit together: {_last_line(' '.join(stale))}",
+                f"Restore go.mod and go.sum in {module.source.relative_to(settings.CHECKOUT)}.",
             )
-        draft = settings.cache() / f"cluster-{key()}.new"
+        draft = settings.cache() / f"{module.name}-{module.key}.new"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        process = run("build", "-v", "-trimpath", "-ldflags", FLAGS, "-o", f"{draft}/", "tool")
+        process = run("build", "-v", "-trimpath", "-ldflags", module.flags, "-o", f"{draft}/", "tool")
         last: list[str] = []
         for compiled, line in enumerate(process.stdout, 1):
             last = [*last[-4:], line.strip()]
             step.progress(compiled, len(stale), "packages")
         if process.wait():
             raise BuildFailed(f"The Go build failed: {' '.join(last)}", "If the disk is full, free some; then run `lab build` again.")
-        (draft / "server").replace(draft / "etcd")
-        (draft / "built.json").write_text(json.dumps({"kubernetes": settings.KUBERNETES, "go": str(toolchain)}))
-        draft.replace(folder())
-    shutil.rmtree(scratch, ignore_errors=True)
+        for theirs, ours in module.renamed.items():
+            (draft / theirs).replace(draft / ours)
+        for ours, theirs in module.upstream.items():
+            _keep(
+                Path(run("list", "-m", "-f", "{{.Dir}}", theirs.partition(":")[0]).stdout.read().strip()), theirs, draft / "upstream" / ours
+            )
+        (draft / "built.json").write_text(json.dumps({"built": module.title, "go": str(toolchain)}))
+        draft.replace(module.folder)
+
+
+def _keep(module: Path, source: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    origin = module / source.partition(":")[2]
+    if origin.is_dir():
+        shutil.copytree(origin, target)
+    else:
+        shutil.copyfile(origin, target)

@@ -202,11 +202,36 @@ def env() -> None:
 
 @main.command()
 def build() -> None:
-    """Build the binaries and images and fetch the jars, and start nothing."""
+    """Build the binaries and images, the add-ons' too, and fetch the jars, and start nothing."""
     from lab import host, lifecycle
 
     own = settings.own()
-    lifecycle.prepare(Report(), with_cluster=not own.cluster and host.clusterless() is None, with_brokers=not own.brokers)
+    with_cluster = not own.cluster and host.clusterless() is None
+    lifecycle.prepare(Report(), with_cluster=with_cluster, with_brokers=not own.brokers, with_addons=with_cluster)
+
+
+@main.command()
+@click.argument("names", nargs=-1)
+def addon(names: tuple[str, ...]) -> None:
+    """Bring up what one lesson needs and others do not; without NAMES, list what there is."""
+    from lab import addons
+
+    if not names:
+        lab = settings.find()
+        running = addons.applied(lab) if lab and lab.kubeconfig and not settings.own().cluster else {}
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, one in addons.every().items():
+            table.add_row("✓" if name in running else "", name, one.told["title"], one.told["about"])
+        Console(highlight=False).print(table)
+        return
+    addons.named(names)
+    if not settings.own().cluster and _root_lab():
+        if not os.geteuid():
+            addons.up(Report(), names)
+            return
+        addons.prepare(Report(), addons.named(names))
+        _as_root()
+    addons.up(Report(), names)
 
 
 @main.group(cls=Command)

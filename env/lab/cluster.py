@@ -9,7 +9,7 @@ import shutil
 import ssl
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import yaml
@@ -23,6 +23,7 @@ from lab.supervise import Program
 CONTROL_PLANE = "control-plane"
 MANIFESTS = settings.ENV / "cluster" / "manifests.yaml"
 API_PORT = 6443
+ENCRYPTION = "encryption.yaml"
 BIN = "/opt/bin"
 
 
@@ -47,6 +48,15 @@ def pod_subnets(nodes: list[str]) -> dict[str, str]:
 def server(subnet: str) -> str:
     """The API server's URL."""
     return f"https://{network.address(subnet, 2)}:{API_PORT}"
+
+
+def encryption(providers: list[dict]) -> dict:
+    """The EncryptionConfiguration with which Secrets are stored by the first of `providers` and read by any."""
+    return {
+        "apiVersion": "apiserver.config.k8s.io/v1",
+        "kind": "EncryptionConfiguration",
+        "resources": [{"resources": ["secrets"], "providers": providers}],
+    }
 
 
 def install(state: Path, subnet: str, nodes: list[str], owner: tuple[int, int], store: Path) -> None:
@@ -76,7 +86,7 @@ def install(state: Path, subnet: str, nodes: list[str], owner: tuple[int, int], 
     )
     ca.issue("kube-apiserver-kubelet-client").write(folder / "pki", "apiserver-kubelet-client")
     etcd_ca.issue("kube-apiserver-etcd-client").write(folder / "pki", "apiserver-etcd-client")
-    etcd_ca.issue("etcd", server=("localhost", "127.0.0.1")).write(folder / "pki" / "etcd", "server")
+    etcd_ca.issue("etcd", server=("localhost", "127.0.0.1", control_plane.address)).write(folder / "pki" / "etcd", "server")
     front_proxy_ca.issue("front-proxy-client").write(folder / "pki", "front-proxy-client")
     private, public = pki.service_account_key()
     pki.write_private(folder / "pki" / "sa.key", private)
@@ -87,6 +97,9 @@ def install(state: Path, subnet: str, nodes: list[str], owner: tuple[int, int], 
     pki.write_private(state / "kubeconfig", pki.kubeconfig(url, ca, "admin", admin), owner)
     admin.write(state / "admin", "admin")
     (state / "admin" / "ca.crt").write_bytes(ca.certificate)
+    reader = etcd_ca.issue("lesson")
+    pki.write_private(state / "etcd.pem", reader.certificate + reader.key + etcd_ca.certificate, owner)
+    pki.write_private(folder / ENCRYPTION, yaml.safe_dump(encryption([{"identity": {}}])), owner)
     control_plane.install(_control_plane_programs(control_plane), owner)
 
     for worker in workers:
@@ -124,8 +137,8 @@ def _control_plane_programs(machine: Machine) -> list[Program]:
         data_dir="/var/lib/etcd",
         log_level="warn",
         unsafe_no_fsync="true",
-        listen_client_urls="https://127.0.0.1:2379",
-        advertise_client_urls="https://127.0.0.1:2379",
+        listen_client_urls=f"https://127.0.0.1:2379,https://{machine.address}:2379",
+        advertise_client_urls=f"https://{machine.address}:2379",
         listen_peer_urls="http://127.0.0.1:2380",
         initial_advertise_peer_urls="http://127.0.0.1:2380",
         initial_cluster=f"{machine.name}=http://127.0.0.1:2380",
@@ -147,6 +160,7 @@ def _control_plane_programs(machine: Machine) -> list[Program]:
         client_ca_file=f"{pki_folder}/ca.crt",
         tls_cert_file=f"{pki_folder}/apiserver.crt",
         tls_private_key_file=f"{pki_folder}/apiserver.key",
+        encryption_provider_config=f"/etc/kubernetes/{ENCRYPTION}",
         etcd_servers="https://127.0.0.1:2379",
         etcd_cafile=f"{pki_folder}/etcd/ca.crt",
         etcd_certfile=f"{pki_folder}/apiserver-etcd-client.crt",
@@ -311,16 +325,20 @@ table ip lab {{
 """
 
 
-def image_store(report: Report) -> Path:
+def image_store(report: Report, more: Iterable[Path] = ()) -> Path:
     """A containerd root that holds the cluster's and the lessons' images, unpacked once and kept in the cache.
 
     Every node starts from it: unpacking takes two seconds of processor time per node, linking takes none.
 
+    Args:
+        report: Where the step is told.
+        more: Archives of further images.
+
     Raises:
         Unhealthy: containerd refused an image.
     """
-    archives = [images.system_archive(report), images.demo_archive(report)]
-    target = settings.cache() / f"store-{'-'.join(archive.stem.partition('-')[2] for archive in archives)}"
+    archives = [images.system_archive(report), images.demo_archive(report), *more]
+    target = settings.cache() / f"store-{images.key_of(archive.name.encode() for archive in archives)}"
     if target.is_dir():
         return target
     with report.alone(settings.cache() / "store.lock"), report.step("Unpack the images"):
@@ -350,7 +368,7 @@ def image_store(report: Report) -> Path:
                 scratch,
                 *map(str, archives),
             ]
-            environment = {**os.environ, "PATH": f"{binaries.folder()}:{os.environ['PATH']}"}
+            environment = {**os.environ, "PATH": f"{binaries.CLUSTER.folder}:{os.environ['PATH']}"}
             done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
             raise Unhealthy(
@@ -381,7 +399,7 @@ def plant(store: Path, root: Path) -> None:
 def kubectl(kubeconfig: str | Path, *arguments: str, stdin: str | None = None, timeout: float = 30) -> subprocess.CompletedProcess:
     """Run kubectl and capture what it says."""
     return subprocess.run(
-        [str(binaries.folder() / "kubectl"), f"--kubeconfig={kubeconfig}", *arguments],
+        [str(binaries.CLUSTER.folder / "kubectl"), f"--kubeconfig={kubeconfig}", *arguments],
         env={**os.environ, "KUBECACHEDIR": str(Path(kubeconfig).parent / "kubectl-cache"), "KUBECTL_KUBERC": "false"},
         input=stdin,
         capture_output=True,

@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import tarfile
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,7 +133,22 @@ def _python() -> bytes:
     return _layer(files.items())
 
 
-def _archive(target: Path, images: Iterable[Image]) -> None:
+def of_programs(tag: str, programs: Iterable[Path], entrypoint: tuple[str, ...] = (), user: str = "") -> Image:
+    """An image of programs in /bin, with the shared libraries that they load.
+
+    Args:
+        tag: Its full name.
+        programs: The programs.
+        entrypoint: What it runs; empty for the first program alone.
+        user: The user and group it runs as; empty for an unprivileged one.
+    """
+    programs = list(programs)
+    layer = _layer(({f"bin/{path.name}": path.resolve() for path in programs} | _libraries(programs)).items())
+    return Image(tag, (layer,), entrypoint or (f"/bin/{programs[0].name}",), user=user or UNPRIVILEGED)
+
+
+def write_archive(target: Path, images: Iterable[Image]) -> None:
+    """Write an archive of images, whole or not at all."""
     draft = target.with_suffix(".new")
     manifest, written = [], set()
     with tarfile.open(draft, "w") as archive:
@@ -168,7 +183,8 @@ def _archive(target: Path, images: Iterable[Image]) -> None:
     draft.replace(target)
 
 
-def _key(parts: Iterable[bytes]) -> str:
+def key_of(parts: Iterable[bytes]) -> str:
+    """The hash that tells two contents apart in a file's name."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(hashlib.sha256(part).digest())
@@ -192,7 +208,7 @@ def demo_archive(report: Report) -> Path:
         BuildFailed: It could not be written.
     """
     files = sorted(path for path in SOURCES.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    key = _key(
+    key = key_of(
         [
             sys.version.encode(),
             Path(__file__).read_bytes(),
@@ -202,7 +218,7 @@ def demo_archive(report: Report) -> Path:
     target = settings.cache() / f"images-{key}.tar"
 
     def write() -> None:
-        base = settings.cache() / f"python-{_key([sys.version.encode(), Path(__file__).read_bytes()])}.tar.gz"
+        base = settings.cache() / f"python-{key_of([sys.version.encode(), Path(__file__).read_bytes()])}.tar.gz"
         if not base.exists():
             base.with_suffix(".new").write_bytes(gzip.compress(_python(), 1, mtime=0))
             base.with_suffix(".new").replace(base)
@@ -219,9 +235,9 @@ def demo_archive(report: Report) -> Path:
                 )
                 for tag in told["tags"]
             ]
-        _archive(target, images)
+        write_archive(target, images)
 
-    _once(target, "images-*.tar", "Write the demo images", write, report)
+    once(target, "images-*.tar", "Write the demo images", write, report)
     return target
 
 
@@ -236,12 +252,15 @@ def system_archive(report: Report) -> Path:
     )
     if catatonit is None:
         raise BuildFailed("There is no catatonit, the program that the pause image holds.", "Install the package catatonit.")
-    target = settings.cache() / f"system-{_key([binaries.key().encode(), Path(__file__).read_bytes(), Path(catatonit).read_bytes()])}.tar"
+    target = (
+        settings.cache()
+        / f"system-{key_of([binaries.CLUSTER.key.encode(), Path(__file__).read_bytes(), Path(catatonit).read_bytes()])}.tar"
+    )
 
     def write() -> None:
         pause = Path(catatonit)
-        coredns = binaries.folder() / "coredns"
-        _archive(
+        coredns = binaries.CLUSTER.folder / "coredns"
+        write_archive(
             target,
             [
                 Image(PAUSE, (_layer({"catatonit": pause, **_libraries([pause])}.items()),), ("/catatonit", "-P")),
@@ -249,7 +268,7 @@ def system_archive(report: Report) -> Path:
             ],
         )
 
-    _once(target, "system-*.tar", "Write the images of pause and CoreDNS", write, report)
+    once(target, "system-*.tar", "Write the images of pause and CoreDNS", write, report)
     return target
 
 
@@ -257,7 +276,19 @@ PAUSE = f"{REPOSITORY}/pause:1"
 COREDNS = f"{REPOSITORY}/coredns:1"
 
 
-def _once(target: Path, earlier: str, title: str, write, report: Report) -> None:
+def once(target: Path, earlier: str, title: str, write: Callable[[], None], report: Report) -> None:
+    """Write a file of the cache if it is not there, and remove its earlier versions.
+
+    Args:
+        target: The file.
+        earlier: The pattern of its versions' names.
+        title: The step, as a person sees it.
+        write: Writes it.
+        report: Where the step is told.
+
+    Raises:
+        BuildFailed: It could not be written.
+    """
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)

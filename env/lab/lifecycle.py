@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from lab import binaries, brokers, cluster, host, images, machine, network, settings
+from lab import addons, binaries, brokers, cluster, host, images, machine, network, settings
 from lab.errors import NotRunning, Occupied, Unhealthy
 from lab.report import Report
 from lab.settings import Lab
@@ -70,10 +70,16 @@ def processes(state: Path | None = None) -> list[psutil.Process]:
     return found
 
 
-def prepare(report: Report, *, with_cluster: bool, with_brokers: bool) -> None:
+def prepare(report: Report, *, with_cluster: bool, with_brokers: bool, with_addons: bool = False) -> None:
     """Build, fetch and write all that the lab runs; needs no root but for apt. What is there is left alone.
 
     The Go build burns the processors while the jars wait on the network, so both run at once.
+
+    Args:
+        report: Where each step is told.
+        with_cluster: Whether for the cluster.
+        with_brokers: Whether for the brokers.
+        with_addons: Whether for every add-on too; else each is built when a lesson first asks for it.
 
     Raises:
         LabError: Something could not be had.
@@ -87,8 +93,10 @@ def prepare(report: Report, *, with_cluster: bool, with_brokers: bool) -> None:
             brokers.prepare()
 
     def kubernetes() -> None:
-        binaries.build(report)
+        chosen = addons.every().values() if with_addons else ()
+        binaries.build(report, [binaries.CLUSTER, *(one.module for one in chosen if one.module)])
         images.system_archive(report)
+        addons.prepare(report, chosen)
 
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(kubernetes)] if with_cluster else []
@@ -200,7 +208,7 @@ def _shape(nodes: int, with_brokers: bool, subnet: str) -> dict:
         "brokers": with_brokers,
         "subnet": subnet,
         "cache": str(settings.cache()),
-        "cluster": binaries.key() if nodes else "",
+        "cluster": binaries.CLUSTER.key if nodes else "",
         "images": _images() if nodes else [],
         "checkout": str(settings.CHECKOUT),
     }
@@ -222,7 +230,9 @@ def _start(report: Report, state: Path, *, nodes: int, with_brokers: bool) -> La
     control = supervisor(state)
     bridge = network.address(subnet, 1) if subnet else None
     machines = cluster.machines(state, subnet, names) if nodes else []
-    store = cluster.image_store(report) if nodes else Path()
+    store = (
+        cluster.image_store(report, [one.archive for one in addons.every().values() if one.archive and one.prepared]) if nodes else Path()
+    )
     if not resumed:
         with report.step("Write certificates and configuration"):
             state.mkdir(parents=True, exist_ok=True)
@@ -230,7 +240,7 @@ def _start(report: Report, state: Path, *, nodes: int, with_brokers: bool) -> La
             control.folder.mkdir()
             if nodes:
                 cluster.install(state, subnet, names, owner, store)
-            programs = [one.program(binaries.folder()) for one in machines]
+            programs = [one.program(binaries.CLUSTER.folder) for one in machines]
             programs += brokers.programs(state, bridge) if with_brokers else []
             control.write(programs, owner)
             (state / STAYS_PUT).write_text(json.dumps(_shape(nodes, with_brokers, subnet)))
@@ -370,15 +380,24 @@ def _keep_logs(state: Path) -> None:
             return
 
 
+def nodes() -> Supervisor:
+    """The supervisord whose programs are the machines.
+
+    Raises:
+        NotRunning: There is no lab with a cluster.
+    """
+    lab = settings.find()
+    if lab is None or not lab.nodes:
+        raise NotRunning("No lab with a cluster is up.", "Start it with `lab up`.")
+    return supervisor(Path(lab.state))
+
+
 def restart_node(name: str) -> None:
     """Cut a machine's power and start it again.
 
     Raises:
         NotRunning: There is no such machine, or no lab.
     """
-    lab = settings.find()
-    if lab is None:
-        raise NotRunning("No lab is up.", "Start it with `lab up`.")
-    control = supervisor(Path(lab.state))
+    control = nodes()
     control.kill_program(name)
     control.start_program(name)

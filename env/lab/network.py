@@ -31,6 +31,11 @@ def namespace(machine: str) -> str:
     return PREFIX + machine
 
 
+def service_addresses(subnet: str) -> str:
+    """The last quarter of `subnet`: addresses for Services of type LoadBalancer."""
+    return str(list(ipaddress.ip_network(subnet).subnets(prefixlen_diff=2))[-1])
+
+
 def free_subnet() -> str:
     """The first candidate of `settings.SUBNETS` that no route of the host touches.
 
@@ -63,7 +68,7 @@ def _batch(lines: list[str], inside: str | None = None) -> None:
 
 
 def up(subnet: str, machines: dict[str, str], pod_subnets: dict[str, str]) -> None:
-    """Make the bridge, the host's cable, and each machine's namespace and cable.
+    """Make the bridge, the host's cable, each machine's namespace and cable, and the host's route to LoadBalancer addresses: any node.
 
     Args:
         subnet: The bridge's subnet.
@@ -105,6 +110,8 @@ def up(subnet: str, machines: dict[str, str], pod_subnets: dict[str, str]) -> No
             ],
             inside=namespace(name),
         )
+    hops = " ".join(f"nexthop via {machines[node]}" for node in pod_subnets)
+    _batch([f"route add {service_addresses(subnet)} {hops}"])
 
 
 def down() -> None:

@@ -184,3 +184,94 @@ def lives(load: Load, watch: Watch, service: str, colors: Mapping[str, str], tit
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.2, columnspacing=1.2)
     return figure
+
+
+def lanes(
+    watch: Watch,
+    lanes: Mapping[str, str],
+    events: Mapping[str, float],
+    title: str,
+    *,
+    label: str = "lane",
+    begin: float | None = None,
+    end: float | None = None,
+) -> plt.Figure:
+    """One lane per value of a label, one bar per Pod in it: not ready, ready, being ended; ✓ or ✗ where it ran to its end.
+
+    A Pod that comes back under its old name has its old row again; otherwise the first row that is free.
+
+    Args:
+        watch: What was recorded.
+        lanes: By value of the label, the name of the lane, topmost first.
+        events: By name, when something was done (Unix seconds): a vertical line each.
+        title: What the figure shows.
+        label: The label's key.
+        begin: Second 0 (Unix seconds); without it, the first event.
+        end: Where the figure ends (Unix seconds); without it, at the last change.
+    """
+    pods = watch.pods.assign(lane=lambda frame: frame["labels"].map(lambda labels: labels.get(label)))
+    pods = pods[pods["lane"].isin(list(lanes))].sort_values("time", kind="stable")
+    pods["life"] = pods["pod"] + " " + (pods["event"] == "ADDED").groupby(pods["pod"]).cumsum().astype(str)
+    begin = min(events.values()) if begin is None else begin
+    end = pods["time"].max() if end is None else end
+    rows: dict[str, list[tuple[str, float]]] = {lane: [] for lane in lanes}
+    bars = []
+    for _, changes in pods.groupby("life", sort=False):
+        lane, name, born = changes[["lane", "pod", "time"]].iloc[0]
+        over = changes[(changes["event"] == "DELETED") | changes["phase"].isin(["Succeeded", "Failed"])]
+        gone = over["time"].iloc[0] if len(over) else end
+        if gone < begin or born > end:
+            continue
+        mine = rows[lane]
+        row = next((n for n, (had, _) in enumerate(mine) if had == name), None)
+        row = next((n for n, (_, free) in enumerate(mine) if free <= born), len(mine)) if row is None else row
+        mine[row : row + 1] = [(name, gone)]
+        at = [*changes["time"], end]
+        ending, ready = changes["deleted"].notna(), changes["ready"]
+        for start, stop, leaves, serves in zip(at[:-1], at[1:], ending, ready, strict=True):
+            if start < gone and min(stop, gone) > begin:
+                bars.append((lane, row, max(start, begin), min(stop, gone, end), "ending" if leaves else "ready" if serves else "starting"))
+        if len(over) and over["event"].iloc[0] != "DELETED" and over["deleted"].isna().iloc[0] and gone <= end:
+            bars.append((lane, row, gone, gone, over["phase"].iloc[0]))
+    height = {lane: max(1, len(mine)) for lane, mine in rows.items()}
+    top = dict(zip(lanes, [sum(list(height.values())[:n]) + 0.9 * n for n in range(len(lanes))], strict=True))
+    total = sum(height.values()) + 0.9 * len(lanes)
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.17 * total + 1.5))
+    color = dict(
+        zip(lanes, [COLORS[name] for name in ("grey", "purple", "sky", "blue", "green", "orange", "red", "black")] * 3, strict=False)
+    )
+    for lane, row, start, stop, state in bars:
+        styles = {
+            "starting": {"color": "#D9D9D9"},
+            "ready": {"color": color[lane]},
+            "ending": {"facecolor": "white", "edgecolor": color[lane], "hatch": "/////", "lw": 1},
+        }
+        if state in styles:
+            axis.barh(top[lane] + row, stop - start, left=start - begin, height=0.76, **styles[state])
+        else:
+            mark, shade = ("✓", COLORS["green"]) if state == "Succeeded" else ("✗", COLORS["red"])
+            axis.text(
+                start - begin + 0.004 * (end - begin), top[lane] + row, mark, color=shade, va="center", fontsize=11, fontweight="bold"
+            )
+    for at in events.values():
+        axis.axvline(at - begin, color=COLORS["black"], lw=1, ls=":", zorder=0)
+    upper = axis.secondary_xaxis("top")
+    upper.set_xticks([at - begin for at in events.values()], list(events))
+    upper.tick_params(length=0)
+    upper.spines["top"].set_visible(False)
+    for lane in list(lanes)[1:]:
+        axis.axhline(top[lane] - 0.95, color="#E5E5E5", lw=0.8, zorder=0)
+    axis.set_yticks([top[lane] + (height[lane] - 1) / 2 for lane in lanes], list(lanes.values()))
+    axis.tick_params(axis="y", length=0)
+    axis.grid(visible=False)
+    axis.set_ylim(total - 1.2, -0.9)
+    axis.set_xlim(0, end - begin)
+    axis.set_xlabel("seconds")
+    axis.set_title(title, pad=26)
+    handles = [
+        mpl.patches.Patch(color="#D9D9D9", label="not ready"),
+        mpl.patches.Patch(color=COLORS["blue"], label="ready"),
+        mpl.patches.Patch(facecolor="white", edgecolor=COLORS["blue"], hatch="/////", label="being ended"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.2, columnspacing=1.2)
+    return figure

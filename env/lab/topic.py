@@ -9,16 +9,19 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from kubernetes import client, config
 
-from lab import access, images, lifecycle, settings
+from lab import access, images, settings
+from lab import addons as provided
+from lab.embedded import Brokers, ControlPlane, Nodes
 from lab.errors import LabError, NotRunning
 from lab.load import Load
+from lab.registry import Registry
+from lab.report import Report
 from lab.shell import use_pipes
 from lab.watch import Watch
 
@@ -27,62 +30,6 @@ TOPIC, OWNER = "by-experiment/topic", "by-experiment/owner"
 
 def _owner() -> str:
     return hashlib.sha256(f"{getpass.getuser()}@{socket.gethostname()}:{settings.CHECKOUT}".encode()).hexdigest()[:10]
-
-
-@dataclass(frozen=True)
-class Brokers:
-    """The embedded brokers, to be killed and brought back. Brokers of your own are not touched."""
-
-    embedded: bool
-
-    def _supervisor(self):
-        lab = settings.find()
-        if not self.embedded or lab is None or not lab.bootstrap:
-            raise NotRunning(
-                "This experiment ends a broker, which only the lab's own brokers are there for.",
-                "Run it without LAB_BROKERS, on brokers started by `lab up`.",
-            )
-        return lifecycle.supervisor(Path(lab.state))
-
-    def kill(self, broker: int) -> None:
-        """SIGKILL broker number `broker`; it stays dead until `start`.
-
-        Raises:
-            NotRunning: The brokers are not the lab's own.
-        """
-        self._supervisor().kill_program(f"broker-{broker}")
-
-    def start(self, broker: int) -> None:
-        """Start broker number `broker` again.
-
-        Raises:
-            NotRunning: The brokers are not the lab's own.
-        """
-        self._supervisor().start_program(f"broker-{broker}")
-
-    @contextmanager
-    def paused(self, *brokers: int) -> Iterator[None]:
-        """SIGSTOP brokers until the block ends: alive, connected and silent, as in a long garbage collection.
-
-        Raises:
-            NotRunning: The brokers are not the lab's own.
-        """
-        supervisor = self._supervisor()
-        try:
-            for broker in brokers:
-                supervisor.signal_program(f"broker-{broker}", "STOP")
-            yield
-        finally:
-            for broker in brokers:
-                supervisor.signal_program(f"broker-{broker}", "CONT")
-
-    def pid(self, broker: int) -> int:
-        """The process id of broker number `broker`, 0 while it is dead.
-
-        Raises:
-            NotRunning: The brokers are not the lab's own.
-        """
-        return next((told["pid"] for told in self._supervisor().processes() if told["name"] == f"broker-{broker}"), 0)
 
 
 @dataclass(frozen=True)
@@ -96,6 +43,7 @@ class Topic:
         bootstrap: Bootstrap servers as the notebook sees them.
         bootstrap_pods: The same as a Pod sees them; empty where Pods cannot reach them.
         embedded: Whether everything it runs on is the lab's own.
+        registry: The OCI registry of its own that it has started, if any.
     """
 
     name: str
@@ -104,11 +52,22 @@ class Topic:
     bootstrap: list[str] = field(default_factory=list)
     bootstrap_pods: list[str] = field(default_factory=list)
     embedded: bool = True
+    registry: Registry | None = None
 
     @property
     def brokers(self) -> Brokers:
         """The brokers, to be killed and brought back."""
         return Brokers(embedded=not settings.own().brokers)
+
+    @property
+    def nodes(self) -> Nodes:
+        """The nodes, to lose their power and get it back."""
+        return Nodes(embedded=not settings.own().cluster)
+
+    @property
+    def control_plane(self) -> ControlPlane:
+        """The control plane: what lies in etcd, and how Secrets are stored there."""
+        return ControlPlane(embedded=not settings.own().cluster)
 
     def image(self, image: str) -> str:
         """The full name of a demo image, e.g. of "shop:v1"."""
@@ -131,7 +90,9 @@ class Topic:
         return Watch(self.namespace)
 
     def clean_up(self) -> None:
-        """Delete the namespace and the topics, and say so."""
+        """Delete the namespace and the topics, end the registry, and say so."""
+        if self.registry:
+            self.registry.end()
         if self.namespace:
             client.CoreV1Api().delete_namespace(self.namespace)
         if self.bootstrap:
@@ -139,13 +100,14 @@ class Topic:
         print(f"Cleaned up: {' and '.join(['the namespace'] * bool(self.namespace) + ['the topics'] * bool(self.bootstrap))}.")
 
 
-def start(name: str, *, cluster: bool = False, brokers: bool = False) -> Topic:
+def start(name: str, *, cluster: bool = False, brokers: bool = False, addons: Sequence[str] = ()) -> Topic:
     """Start a lesson: a fresh namespace and topic prefix, KUBECONFIG and PATH set, and a line on what it runs on.
 
     Args:
         name: The lesson's name, e.g. "rolling-update".
         cluster: Whether it needs a cluster.
         brokers: Whether it needs brokers.
+        addons: The add-ons that it needs, e.g. "storage" (`lab addon` lists them).
 
     Raises:
         LabError: What it needs is not there.
@@ -170,6 +132,9 @@ def start(name: str, *, cluster: bool = False, brokers: bool = False) -> Topic:
     if cluster:
         config.load_kube_config(found["KUBECONFIG"])
         namespace = f"{name}-{suffix}"
+        if addons:
+            provided.up(Report(quiet=True), addons)
+            os.environ["PATH"] = os.pathsep.join([*provided.programs(addons), os.environ["PATH"]])
         runs_on.append(_fresh_namespace(name, namespace))
     bootstrap, for_pods = [], []
     if brokers:
@@ -178,7 +143,8 @@ def start(name: str, *, cluster: bool = False, brokers: bool = False) -> Topic:
         runs_on.append(_fresh_topics(name, bootstrap))
     use_pipes()
     print(f"Runs on {' and '.join(runs_on)}.")
-    return Topic(name, namespace, f"{name}-{suffix}-", bootstrap, for_pods, not (own.cluster or own.brokers))
+    registry = Registry.start() if "helm" in addons else None
+    return Topic(name, namespace, f"{name}-{suffix}-", bootstrap, for_pods, not (own.cluster or own.brokers), registry)
 
 
 def _fresh_namespace(name: str, namespace: str) -> str:

@@ -1,6 +1,7 @@
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,7 @@ def test_the_systems_go_is_taken_if_recent_enough(monkeypatch: pytest.MonkeyPatc
             binaries.go(Report(quiet=True))
 
 
-def test_other_pins_are_other_binaries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = binaries.key()
+def test_other_pins_are_other_binaries(tmp_path: Path) -> None:
     for name in ("go.mod", "go.sum"):
-        (tmp_path / name).write_bytes((binaries.MODULE / name).read_bytes() + b"\n")
-    monkeypatch.setattr(binaries, "MODULE", tmp_path)
-    assert binaries.key() != before
+        (tmp_path / name).write_bytes((binaries.CLUSTER.source / name).read_bytes() + b"\n")
+    assert replace(binaries.CLUSTER, source=tmp_path).key != binaries.CLUSTER.key
