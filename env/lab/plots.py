@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import matplotlib as mpl
@@ -228,9 +229,12 @@ def lanes(
         mine[row : row + 1] = [(name, gone)]
         at = [*changes["time"], end]
         ending, ready = changes["deleted"].notna(), changes["ready"]
-        for start, stop, leaves, serves in zip(at[:-1], at[1:], ending, ready, strict=True):
-            if start < gone and min(stop, gone) > begin:
-                bars.append((lane, row, max(start, begin), min(stop, gone, end), "ending" if leaves else "ready" if serves else "starting"))
+        states = pd.Series("starting", changes.index).mask(ready, "ready").mask(ending, "ending")
+        turns = [n for n in range(len(states)) if n == 0 or states.iloc[n] != states.iloc[n - 1]]
+        for turn, after in zip(turns, [*turns[1:], len(states)], strict=True):
+            start, stop = max(at[turn], begin), min(at[after], gone, end)
+            if start < stop:
+                bars.append((lane, row, start, stop, states.iloc[turn]))
         if len(over) and over["event"].iloc[0] != "DELETED" and over["deleted"].isna().iloc[0] and gone <= end:
             bars.append((lane, row, gone, gone, over["phase"].iloc[0]))
     height = {lane: max(1, len(mine)) for lane, mine in rows.items()}
@@ -256,7 +260,11 @@ def lanes(
     for at in events.values():
         axis.axvline(at - begin, color=COLORS["black"], lw=1, ls=":", zorder=0)
     upper = axis.secondary_xaxis("top")
-    upper.set_xticks([at - begin for at in events.values()], list(events))
+    names = list(events)
+    for n, (one, other) in enumerate(itertools.pairwise(events.values()), start=1):
+        if other - one < 0.1 * (end - begin) and not names[n - 1].endswith("\n"):
+            names[n] += "\n"
+    upper.set_xticks([at - begin for at in events.values()], names)
     upper.tick_params(length=0)
     upper.spines["top"].set_visible(False)
     for lane in list(lanes)[1:]:
