@@ -55,19 +55,23 @@ class Addon:
         """Its Go programs, if it has any."""
         if not (self.source / "go.mod").exists():
             return None
-        return binaries.Module(f"addon-{self.name}", self.source, self.told["title"], upstream=self.told.get("upstream", {}))
+        flags = f"-s -w {self.told.get('flags', '')}".strip()
+        return binaries.Module(f"addon-{self.name}", self.source, self.told["title"], flags, upstream=self.told.get("upstream", {}))
 
     @property
     def key(self) -> str:
-        """What the add-on depends on: its folder, its programs, how images are written."""
-        files = sorted(path for path in self.source.rglob("*") if path.is_file())
-        parts = [path.read_bytes() for path in [*files, Path(images.__file__)]]
-        return images.key_of([*parts, (self.module.key if self.module else "").encode()])
+        """What a cluster that has the add-on got it from: its folder."""
+        return images.key_of(path.read_bytes() for path in sorted(self.source.rglob("*")) if path.is_file())
 
     @property
     def archive(self) -> Path | None:
         """The archive of its images, if it has any of its own."""
-        return settings.cache() / f"addon-{self.name}-{self.key}.tar" if self.told.get("images") else None
+        if not (told := self.told.get("images")):
+            return None
+        wheel = self.source / "wheel.txt"
+        parts = [json.dumps(told).encode(), (self.module.key if self.module else "").encode()]
+        parts += [path.read_bytes() for path in (wheel, Path(images.__file__)) if path.exists()]
+        return settings.cache() / f"addon-{self.name}-{images.key_of(parts)}.tar"
 
     @property
     def prepared(self) -> bool:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from kubernetes import client
-from urllib3.exceptions import HTTPError
 
 from lab import cluster, lifecycle, network, settings
 from lab.checks import wait
@@ -176,9 +174,6 @@ class ControlPlane:
         machine.supervisor.start_program("kube-apiserver")
 
         def serves() -> bool:
-            try:
-                return client.CoreV1Api().api_client.call_api("/readyz", "GET", _request_timeout=2)[1] == 200
-            except (client.ApiException, HTTPError, OSError):
-                return False
+            return cluster.kubectl(lab.kubeconfig, "get", "--raw=/readyz").returncode == 0
 
         wait("the API server to serve again", serves)

@@ -222,6 +222,9 @@ def demo_archive(report: Report) -> Path:
         if not base.exists():
             base.with_suffix(".new").write_bytes(gzip.compress(_python(), 1, mtime=0))
             base.with_suffix(".new").replace(base)
+            for old in base.parent.glob("python-*.tar.gz"):
+                if old != base:
+                    old.unlink(missing_ok=True)
         python = gzip.decompress(base.read_bytes())
         images = []
         for folder, told in _sources():

@@ -160,7 +160,7 @@ def serve():
 
 
 def allocate(mebibytes, per_second):
-    """Take memory step by step, say what the cgroup counts, and keep it for ten minutes."""
+    """Take memory step by step, keep it for ten minutes, and say all the while what the cgroup counts."""
     step = 2
     kept = []
     began = time.monotonic()
@@ -168,8 +168,9 @@ def allocate(mebibytes, per_second):
         say(taken=taken << 20, **cgroup())
         kept.append(b"\xff" * (step << 20))
         time.sleep(max(0.0, began + (taken + step) / per_second - time.monotonic()))
-    say(taken=mebibytes << 20, **cgroup())
-    time.sleep(600)
+    for _ in range(1200):
+        say(taken=mebibytes << 20, **cgroup())
+        time.sleep(0.5)
 
 
 def main():
