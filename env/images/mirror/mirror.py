@@ -20,7 +20,8 @@ def files(path):
     """The files at a path, without those that a volume keeps for itself (`..data` and what it points to)."""
     if not os.path.isdir(path):
         return [path] if os.path.exists(path) else []
-    return [os.path.join(path, name) for name in sorted(os.listdir(path)) if not name.startswith("..")]
+    inside = [os.path.join(path, name) for name in sorted(os.listdir(path)) if not name.startswith("..")]
+    return [name for name in inside if os.path.isfile(name)]
 
 
 def value(content):
