@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import http.client
 import json
 import ssl
@@ -157,7 +158,8 @@ class ControlPlane:
     def encrypt(self, configuration: dict | None) -> None:
         """Hand the API server an EncryptionConfiguration and wait until it serves with it.
 
-        The API server is started anew, as https://kubernetes.io/docs/tasks/administer-cluster/encrypt-data/ asks.
+        The API server is started anew, as https://kubernetes.io/docs/tasks/administer-cluster/encrypt-data/ asks. What an earlier
+        configuration has encrypted is decrypted first: a key that is gone would lock its Secrets, and the API server with them.
 
         Args:
             configuration: The object; None goes back to storing Secrets as they are.
@@ -169,11 +171,28 @@ class ControlPlane:
         lab = _own_cluster(self.embedded, "changes how the API server stores Secrets")
         machine = cluster.machines(Path(lab.state), lab.subnet, lab.nodes)[0]
         target = machine.etc / "kubernetes" / cluster.ENCRYPTION
-        target.write_text(yaml.safe_dump(configuration or cluster.encryption([{"identity": {}}])))
-        machine.supervisor.kill_program("kube-apiserver")
-        machine.supervisor.start_program("kube-apiserver")
+        plain = cluster.encryption([{"identity": {}}])
+        run = functools.partial(cluster.kubectl, lab.kubeconfig)
 
-        def serves() -> bool:
-            return cluster.kubectl(lab.kubeconfig, "get", "--raw=/readyz").returncode == 0
+        def serve_with(wanted: dict) -> None:
+            target.write_text(yaml.safe_dump(wanted))
+            machine.supervisor.kill_program("kube-apiserver")
+            machine.supervisor.start_program("kube-apiserver")
+            wait("the API server to serve again", lambda: run("get", "--raw=/readyz").returncode == 0)
 
-        wait("the API server to serve again", serves)
+        earlier = yaml.safe_load(target.read_text())
+        if earlier != plain:
+            serve_with(cluster.encryption([{"identity": {}}, *(one for one in _providers(earlier) if "identity" not in one)]))
+            secrets = run("get", "secrets", "--all-namespaces", "-o", "json").stdout
+            done = run("replace", "-f", "-", stdin=secrets)
+            if done.returncode:
+                raise Unhealthy(
+                    f"Not every Secret could be decrypted: {done.stderr.strip()[-300:]}.", "Take the lab down with `lab down`, then up."
+                )
+            serve_with(plain)
+        if configuration:
+            serve_with(configuration)
+
+
+def _providers(configuration: dict) -> list[dict]:
+    return [provider for told in configuration["resources"] for provider in told["providers"]]
