@@ -46,7 +46,7 @@ def place_order():
 
 
 class Shop(BaseHTTPRequestHandler):
-    """GET / buys something; GET /ready says whether to send customers here."""
+    """GET / buys something; GET /ready says whether to send customers here; GET /client says where the request came from."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -54,6 +54,8 @@ class Shop(BaseHTTPRequestHandler):
     def do_GET(self):
         """Answer one request."""
         answer = {"version": VERSION, "pod": POD, **TOLD}
+        if self.path == "/client":
+            answer |= {"client": self.client_address[0], "forwarded_for": self.headers.get("X-Forwarded-For")}
         if self.path != "/ready":
             time.sleep(WORK)
             if ORDERS and (wrong := place_order()):
