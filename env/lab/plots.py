@@ -276,10 +276,12 @@ def lanes(
     axis.set_xlim(0, end - begin)
     axis.set_xlabel("seconds")
     axis.set_title(title, pad=26)
-    handles = [
-        mpl.patches.Patch(color="#D9D9D9", label="not ready"),
-        mpl.patches.Patch(color=COLORS["blue"], label="ready"),
-        mpl.patches.Patch(facecolor="white", edgecolor=COLORS["blue"], hatch="/////", label="being ended"),
-    ]
+    drawn = {state for *_, state in bars}
+    handles = [mpl.patches.Patch(color="#D9D9D9", label="not ready"), mpl.patches.Patch(color=COLORS["blue"], label="ready")]
+    if "ending" in drawn:
+        handles.append(mpl.patches.Patch(facecolor="white", edgecolor=COLORS["blue"], hatch="/////", label="being ended"))
+    for state, mark, shade in (("Succeeded", "$✓$", "green"), ("Failed", "$✗$", "red")):
+        if state in drawn:
+            handles.append(plt.Line2D([], [], color=COLORS[shade], marker=mark, ls="", ms=9, label=state.lower()))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.2, columnspacing=1.2)
     return figure
