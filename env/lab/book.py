@@ -1,7 +1,8 @@
 """The book: `python -m lab.book build` and `… store`, and the Sphinx extension that the build loads.
 
 The extension shows which notebook is being executed, writes the tables of the page "This build" from what was found and
-measured while building, and puts a banner on every page of a site that was built from stored outputs.
+measured while building, draws the page "What runs where" from the lab's own status, and puts a banner on every page of a
+site that was built from stored outputs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.console import nocolor
 from sphinx.util.docutils import SphinxDirective
 
-from lab import byo, settings
+from lab import byo, settings, whereabouts
 from lab.cli import Command
 from lab.report import Report, Step
 
@@ -172,49 +173,92 @@ def build(stored: bool, builder: str, into: str) -> None:
 @main.command("store")
 @click.argument("notebooks", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def store_all(notebooks: tuple[Path, ...]) -> None:
-    """Execute NOTEBOOKS, or all of them, and store their outputs in them."""
+    """Execute NOTEBOOKS, or all of them, and store their outputs in them; after all of them, what ran where too."""
     report = Report()
     failed = [path for path in notebooks or sorted(Path("notebooks").rglob("[!.]*.ipynb")) if not store(path, report)]
     if failed:
         sys.exit(f"{len(failed)} failed: {', '.join(map(str, failed))}")
+    if not notebooks:
+        whereabouts.save()
 
 
 class Placeholder(nodes.General, nodes.Element):
-    """Stands in the page "This build" for a table that can only be written when every notebook was executed."""
+    """Stands in a page for what can only be written when every notebook was executed."""
 
 
-class ThisBuild(SphinxDirective):
-    """`{this-build} machine` or `{this-build} notebooks`: a table of facts about the build under way."""
+class Generated(SphinxDirective):
+    """`{this-build} machine`, `{what-runs-where} picture` …: something generated from the build under way."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         """Leave a placeholder."""
-        return [Placeholder(table=self.arguments[0])]
+        return [Placeholder(what=(self.name, self.arguments[0]))]
 
 
-class Tables(SphinxPostTransform):
-    """Puts the tables in."""
+class Fill(SphinxPostTransform):
+    """Puts in what the placeholders stand for."""
 
     default_priority = 8
 
     def run(self, **kwargs: Any) -> None:
-        """Replace each placeholder with its table."""
-        tables = {"machine": build_table, "notebooks": notebook_table}
+        """Replace each placeholder."""
+        makers = {
+            ("this-build", "machine"): build_table,
+            ("this-build", "notebooks"): notebook_table,
+            ("what-runs-where", "picture"): where_picture,
+            ("what-runs-where", "addresses"): where_addresses,
+            ("what-runs-where", "addons"): where_addons,
+        }
         for placeholder in list(self.document.findall(Placeholder)):
-            placeholder.replace_self(table(*tables[placeholder["table"]](self.env)))
+            placeholder.replace_self(makers[placeholder["what"]](self.env))
 
 
-def build_table(env: BuildEnvironment) -> tuple[list[str], list[list[str | nodes.Node]]]:
+def what_runs(env: BuildEnvironment) -> dict[str, Any]:
+    """What runs where: now, or, where nothing is executed or nothing runs, when outputs were last stored."""
+    if not hasattr(env, "what_runs"):
+        now = whereabouts.collect() if executing(env.config) else {}
+        env.what_runs = now if now.get("machines") or now.get("brokers") else whereabouts.stored() | {"stored": True}
+    return env.what_runs
+
+
+def where_picture(env: BuildEnvironment) -> list[nodes.Node]:
+    """The picture, and a line on when it was taken."""
+    told = what_runs(env)
+    day = long_date(told["date"])
+    taken = (
+        f"Not of this build: the lab as it was when outputs were stored, {day}." if told.get("stored") else f"The lab of this build, {day}."
+    )
+    memory = "Memory is what the processes hold, pages shared with others included."
+    return [nodes.raw("", whereabouts.picture(told), format="html"), nodes.paragraph("", f"{taken} {memory}", classes=["where-taken"])]
+
+
+def where_addresses(env: BuildEnvironment) -> nodes.table:
+    """What answers at which address."""
+    rows = [[what, nodes.literal("", address), who] for what, address, who in whereabouts.address_rows(what_runs(env))]
+    return table(["What", "Address", "Answers to"], rows)
+
+
+def where_addons(env: BuildEnvironment) -> nodes.table:
+    """The add-ons."""
+    rows = [[nodes.literal("", name), *map(inline, rest)] for name, *rest in whereabouts.addon_rows(what_runs(env))]
+    return table(["Add-on", "What it is", "What it brings", "Its Pods", "Memory"], rows)
+
+
+def inline(text: str) -> nodes.inline:
+    """Text in which `code` stands between backquotes."""
+    parts = [nodes.literal("", part) if index % 2 else nodes.Text(part) for index, part in enumerate(text.split("`"))]
+    return nodes.inline("", "", *parts)
+
+
+def build_table(env: BuildEnvironment) -> nodes.table:
     """The machine and the moment of this build."""
-    rows = [["Built", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"], ["Commit", commit()]]
-    return ["What", "This build"], [
-        *rows,
-        *([key.capitalize(), value] for key, value in machine().items() if executing(env.config) or key not in ("kubernetes", "kafka")),
-    ]
+    rows: list[list[str | nodes.Node]] = [["Built", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"], ["Commit", commit()]]
+    rows += [[key.capitalize(), value] for key, value in machine().items() if executing(env.config) or key not in ("kubernetes", "kafka")]
+    return table(["What", "This build"], rows)
 
 
-def notebook_table(env: BuildEnvironment) -> tuple[list[str], list[list[str | nodes.Node]]]:
+def notebook_table(env: BuildEnvironment) -> nodes.table:
     """Each notebook: executed in this build and for how long, or when its stored outputs were made and on what."""
     rows: list[list[str | nodes.Node]] = []
     for name in sorted(name for name in env.found_docs if env.doc2path(name).endswith(".ipynb")):
@@ -229,7 +273,7 @@ def notebook_table(env: BuildEnvironment) -> tuple[list[str], list[list[str | no
             run = stored_run(Path(env.doc2path(name)))
             where = ", ".join(f"{NAMED.get(name, '')}{run['machine'][name]}" for name in FACTS if name in run["machine"]) if run else ""
             rows.append([title, long_date(run["date"]) if run else "unknown", f"{run['seconds']} s" if run else "", where])
-    return ["Notebook", "Executed", "Run time", "Machine"], rows
+    return table(["Notebook", "Executed", "Run time", "Machine"], rows)
 
 
 def table(head: list[str], rows: list[list[str | nodes.Node]]) -> nodes.table:
@@ -352,8 +396,9 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension with Sphinx (https://www.sphinx-doc.org/en/master/extdev/)."""
     progress = Progress()
     app.add_node(Placeholder)
-    app.add_directive("this-build", ThisBuild)
-    app.add_post_transform(Tables)
+    app.add_directive("this-build", Generated)
+    app.add_directive("what-runs-where", Generated)
+    app.add_post_transform(Fill)
     app.connect("config-inited", add_versions)
     app.connect("config-inited", drop_thebe)
     app.connect("source-read", progress.begin)

@@ -1,17 +1,20 @@
-"""What runs: each component, node and broker, its version, age, memory and address."""
+"""What runs: each component, node, broker and add-on, its version, age, memory and address."""
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import time
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 import psutil
 from rich.console import Console
 from rich.table import Table
 
-from lab import cluster, lifecycle, settings
+from lab import addons, cluster, lifecycle, settings
 from lab.errors import NotRunning
 from lab.supervise import Supervisor
 
@@ -20,12 +23,16 @@ VERSIONS = {"containerd": settings.CONTAINERD} | dict.fromkeys(
 )
 
 
+API_SECONDS = 3
+"""How long `lab status` waits for an API server that is there and says nothing."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of `lab status`.
 
     Args:
-        name: The component, e.g. "node-1/kubelet" or "broker-2".
+        name: The component, e.g. "node-1/kubelet", "broker-2" or "addon/storage".
         state: "running", or what it is instead.
         version: Its version.
         age: Seconds since it started.
@@ -94,7 +101,7 @@ def collect() -> list[Row]:
         rows.append(Row(row.name, row.state, "", row.age, _tree(on_host.get(row.name)), machine.address))
         addresses = {
             "kube-apiserver": cluster.server(lab.subnet),
-            "etcd": "https://127.0.0.1:2379 inside",
+            "etcd": f"https://{machine.address}:2379",
             "kubelet": f"{machine.address}:10250",
         }
         try:
@@ -104,6 +111,68 @@ def collect() -> list[Row]:
         named = {child.name()[:15]: child for child in children}
         within = {told["name"]: named.get(told["name"][:15]) for told in machine.supervisor.processes()}
         rows += _rows(f"{machine.name}/", machine.supervisor, addresses, versions, {name: child for name, child in within.items() if child})
+    return rows + (_addons(lab) if lab.kubeconfig else [])
+
+
+def pods(lab: settings.Lab) -> list[dict]:
+    """Every Pod that has not ended, as the API tells it; none where the API server does not answer."""
+    selected = "--field-selector=status.phase!=Succeeded,status.phase!=Failed"
+    try:
+        told = cluster.kubectl(lab.kubeconfig, "get", "pods", "-A", "-o", "json", selected, f"--request-timeout={API_SECONDS}s", timeout=10)
+    except subprocess.TimeoutExpired:
+        return []
+    return [] if told.returncode else json.loads(told.stdout)["items"]
+
+
+def addon_of(pod: dict) -> str:
+    """The add-on that a Pod is of, by its image; empty if it is of none."""
+    made = {image: addon.name for addon in addons.every().values() for image in addon.told.get("images", {addon.name: {}})}
+    images = [container["image"].rpartition("/")[2].partition(":")[0] for container in pod["spec"]["containers"]]
+    return next((made[image] for image in images if image in made), "")
+
+
+def pod_memory(lab: settings.Lab) -> dict[str, int]:
+    """Resident bytes of each Pod's processes, by the Pod's UID, found by the cgroup that each process is in."""
+    found: dict[str, int] = {}
+    for told in lifecycle.supervisor(Path(lab.state)).processes():
+        try:
+            below = psutil.Process(told["pid"]).children(recursive=True) if told["name"] in lab.nodes else []
+        except psutil.Error:
+            continue
+        for process in below:
+            try:
+                group = re.search(r"/pod([0-9a-f-]{36})/", Path(f"/proc/{process.pid}/cgroup").read_text())
+                if group:
+                    found[group[1]] = found.get(group[1], 0) + process.memory_info().rss
+            except (OSError, psutil.Error):
+                continue
+    return found
+
+
+def _addons(lab: settings.Lab) -> list[Row]:
+    """A row for each add-on that has Pods: one question to the API, a tenth of a second."""
+    of: dict[str, list[dict]] = {}
+    for pod in pods(lab):
+        if name := addon_of(pod):
+            of.setdefault(name, []).append(pod)
+    memory = pod_memory(lab) if of else {}
+    rows = []
+    for name, own in sorted(of.items()):
+        ready = [
+            pod for pod in own if any(one["type"] == "Ready" and one["status"] == "True" for one in pod["status"].get("conditions", []))
+        ]
+        version = re.search(r"\d+\.\d+\.\d+", addons.every()[name].told["title"])
+        started = [datetime.fromisoformat(pod["status"]["startTime"]).timestamp() for pod in own if "startTime" in pod["status"]]
+        rows.append(
+            Row(
+                f"addon/{name}",
+                "running" if len(ready) == len(own) else f"{len(ready)} of {len(own)} Pods ready",
+                version[0] if version else "",
+                time.time() - min(started) if started else 0.0,
+                sum(memory.get(pod["metadata"]["uid"], 0) for pod in own),
+                f"{len(own)} Pod{'s' * (len(own) > 1)}",
+            )
+        )
     return rows
 
 
