@@ -221,7 +221,7 @@ def addon(names: tuple[str, ...]) -> None:
         running = addons.applied(lab) if lab and lab.kubeconfig and not settings.own().cluster else {}
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, one in addons.every().items():
-            table.add_row("✓" if name in running else "", name, one.told["title"], one.told["about"])
+            table.add_row("✓" if name in running else " ", name, f"{one.told['about']}\n[dim]{one.told['title']}[/dim]")
         Console(highlight=False).print(table)
         return
     addons.named(names)
