@@ -53,3 +53,8 @@ def test_every_notebook_is_in_the_book() -> None:
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     listed = {chapter["file"] for part in toc["parts"] for chapter in part["chapters"]}
     assert {str(path.relative_to(ROOT).with_suffix("")) for path in NOTEBOOKS} == {name for name in listed if name.startswith("notebooks/")}
+
+
+def test_every_notebook_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [str(path.relative_to(ROOT)) for path in NOTEBOOKS if f"({path.relative_to(ROOT)})" not in readme] == []

@@ -1,5 +1,6 @@
 """Every link, picture and anchor inside the site leads somewhere, and nothing is fetched from elsewhere."""
 
+import json
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
@@ -8,6 +9,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 HOST = "http://site/"
+SNAPSHOT = Path(__file__).parents[2] / "book" / "what-runs-where.json"
 FETCHED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src", "object": "data"}
 
 
@@ -86,3 +88,13 @@ def test_stored_outputs_are_announced_on_every_page(pages: dict[str, BeautifulSo
         if page.find("article"):
             banner = page.find(class_="bd-header-announcement")
             assert banner and "not executed in this build" in banner.text, name
+
+
+def test_what_runs_where_is_drawn_from_the_snapshot(pages: dict[str, BeautifulSoup]) -> None:
+    told = json.loads(SNAPSHOT.read_text())
+    page = pages["book/what-runs-where.html"]
+    drawn = [box.b.text for box in page.select(".where-machine")]
+    assert drawn == [machine["name"] for machine in told["machines"]]
+    shown = [box.b.text for box in page.select(".where-pods > li")]
+    assert shown == [pod["workload"] for machine in told["machines"] for pod in machine["pods"]]
+    assert "Not of this build" in page.select_one(".where-taken").text
