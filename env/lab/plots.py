@@ -78,8 +78,8 @@ def availability(runs: Mapping[str, tuple[Load, Watch]], colors: Mapping[str, st
             axis.vlines(at[~mine["ok"]], lane - 0.02, lane + 0.86, color=COLORS["black"], lw=max(1.6, tick))
         sigterms = [one - load.begin for one in watch.pods["sigterm"].dropna().unique() if one > load.begin]
         changes = [one - load.begin for one in watch.capacity["time"] if load.begin < one < requests["start"].max()]
-        axis.plot(changes, [2.25] * len(changes), "|", color=COLORS["grey"], ms=9, mew=1.6, clip_on=False)
-        axis.plot(sigterms, [2.25] * len(sigterms), "v", color=COLORS["red"], ms=7, clip_on=False)
+        axis.plot(changes, [2.25] * len(changes), "|", color=COLORS["grey"], ms=9, mew=1.6, clip_on=False, in_layout=False)
+        axis.plot(sigterms, [2.25] * len(sigterms), "v", color=COLORS["red"], ms=7, clip_on=False, in_layout=False)
         failed = int((~requests["ok"]).sum())
         axis.set_title(name, fontsize=10.5, pad=5)
         verdict = f"{failed} of {len(requests)} lost" if failed else f"none of {len(requests)} lost"
