@@ -277,7 +277,10 @@ def lanes(
     axis.set_xlabel("seconds")
     axis.set_title(title, pad=26)
     drawn = {state for *_, state in bars}
-    handles = [mpl.patches.Patch(color="#D9D9D9", label="not ready"), mpl.patches.Patch(color=COLORS["blue"], label="ready")]
+    handles = [
+        mpl.patches.Patch(color="#D9D9D9", label="not ready"),
+        mpl.patches.Patch(color=COLORS["blue"], label="ready (lane's colour)"),
+    ]
     if "ending" in drawn:
         handles.append(mpl.patches.Patch(facecolor="white", edgecolor=COLORS["blue"], hatch="/////", label="being ended"))
     for state, mark, shade in (("Succeeded", "$✓$", "green"), ("Failed", "$✗$", "red")):
