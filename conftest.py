@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -46,15 +47,17 @@ def ground(config: pytest.Config) -> Ground:
     """Bring the lab up once, in sight, with all that can run here; what was not up before is taken down at the end."""
     if GROUND not in config.stash:
         doctor = subprocess.run([*LAB, "doctor", "--quick"], capture_output=True, text=True)
-        was_up = subprocess.run([*LAB, "status", "--json"], capture_output=True, text=True).stdout.strip() not in ("", "[]")
-        without = ["--no-cluster"] if doctor.returncode else []
+        running = json.loads(subprocess.run([*LAB, "status", "--json"], capture_output=True, text=True).stdout or "[]")
+        without = {"cluster"} if doctor.returncode else set()
+        if running and not any(row["name"].startswith("broker-") for row in running):
+            without.add("brokers")
         with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
             print(flush=True)
-            up = subprocess.run([*LAB, "up", *without])
-        if not was_up:
+            up = subprocess.run([*LAB, "up", *(f"--no-{what}" for what in sorted(without))])
+        if not running:
             config.add_cleanup(lambda: subprocess.run([*LAB, "down"], capture_output=True))
         config.stash[GROUND] = Ground(
-            offers=frozenset({"brokers"} if without else {"cluster", "brokers"}),
+            offers=frozenset({"cluster", "brokers"} - without),
             lacking=doctor.stderr.strip().removeprefix("lab: "),
             up=up.returncode == 0,
         )
@@ -71,7 +74,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         return
     found = ground(item.config)
     if needs - found.offers:
-        pytest.skip(f"{item.path.relative_to(item.config.rootpath)} needs the {' and the '.join(needs - found.offers)}. {found.lacking}")
+        lacking = found.lacking or "The lab that is up has none."
+        pytest.skip(f"{item.path.relative_to(item.config.rootpath)} needs the {' and the '.join(needs - found.offers)}. {lacking}")
     if not found.up and item.cell_num == 0:
         pytest.fail("The lab did not come up; what it said stands where it was started.", pytrace=False)
     elif not found.up:
