@@ -119,7 +119,7 @@ def pods(lab: settings.Lab) -> list[dict]:
     selected = "--field-selector=status.phase!=Succeeded,status.phase!=Failed"
     try:
         told = cluster.kubectl(lab.kubeconfig, "get", "pods", "-A", "-o", "json", selected, f"--request-timeout={API_SECONDS}s", timeout=10)
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, OSError):
         return []
     return [] if told.returncode else json.loads(told.stdout)["items"]
 
