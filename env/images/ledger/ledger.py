@@ -1,12 +1,11 @@
 """The ledger: moves one coin after the other between two accounts in SQLite, and says so after each commit.
 
 python3 ledger.py           move coins until the end, one line of JSON for each that is booked
-python3 ledger.py audit     print as JSON what the database holds
 python3 ledger.py kill      kill -9 the process that moves coins, from another process of its container
 
 Variables that a manifest may set:
   DATABASE      the file (default /data/ledger.db)
-  PAUSE         seconds between two coins (default 0.005)
+  PAUSE         seconds between two coins (default 0.01)
 """
 
 import json
@@ -18,7 +17,7 @@ import sys
 import time
 
 DATABASE = os.environ.get("DATABASE", "/data/ledger.db")
-PAUSE = float(os.environ.get("PAUSE", "0.005"))
+PAUSE = float(os.environ.get("PAUSE", "0.01"))
 START = 1_000_000
 
 
@@ -48,23 +47,11 @@ def serve():
         time.sleep(PAUSE)
 
 
-def audit():
-    """Print how many bookings there are, whether the books balance, and whether the file is sound."""
-    database = connect()
-    database.execute("BEGIN")
-    coins = dict(database.execute("SELECT name, coins FROM account"))
-    bookings = database.execute("SELECT count(*) FROM booking").fetchone()[0]
-    database.execute("COMMIT")
-    sound = database.execute("PRAGMA integrity_check").fetchone()[0]
-    balanced = coins["till"] == START - bookings and coins["bank"] == bookings
-    print(json.dumps({"bookings": bookings, "balanced": balanced, "integrity": sound}))
-
-
 def kill():
     """SIGKILL the process that moves coins: by its command line, since it may have any number."""
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         words = (folder / "cmdline").read_bytes().split(b"\0")
-        if b"/app/ledger.py" in words and not {b"audit", b"kill"} & set(words):
+        if b"/app/ledger.py" in words and b"kill" not in words:
             os.kill(int(folder.name), signal.SIGKILL)
             print("killed")
             return
@@ -72,4 +59,4 @@ def kill():
 
 
 if __name__ == "__main__":
-    {"audit": audit, "kill": kill}.get((sys.argv[1:] or [""])[0], serve)()
+    kill() if sys.argv[1:] == ["kill"] else serve()
