@@ -180,15 +180,15 @@ class ControlPlane:
             machine.supervisor.start_program("kube-apiserver")
             wait("the API server to serve again", lambda: run("get", "--raw=/readyz").returncode == 0)
 
+        def rewritten() -> bool:
+            """Write every Secret once more; one that is changed or deleted meanwhile asks for another round."""
+            secrets = run("get", "secrets", "--all-namespaces", "-o", "json").stdout
+            return run("replace", "-f", "-", stdin=secrets).returncode == 0
+
         earlier = yaml.safe_load(target.read_text())
         if earlier != plain:
             serve_with(cluster.encryption([{"identity": {}}, *(one for one in _providers(earlier) if "identity" not in one)]))
-            secrets = run("get", "secrets", "--all-namespaces", "-o", "json").stdout
-            done = run("replace", "-f", "-", stdin=secrets)
-            if done.returncode:
-                raise Unhealthy(
-                    f"Not every Secret could be decrypted: {done.stderr.strip()[-300:]}.", "Take the lab down with `lab down`, then up."
-                )
+            wait("every Secret to be stored as it is", rewritten)
             serve_with(plain)
         if configuration:
             serve_with(configuration)
