@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, date, datetime
 from functools import cache
@@ -28,6 +29,10 @@ from myst_nb.sphinx_ import NbMetadataCollector
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, CellExecutionError, CellTimeoutError, DeadKernelError
 from PIL import Image
+from pygments.lexer import Lexer
+from pygments.lexers import TextLexer, get_lexer_for_filename
+from pygments.token import Comment
+from pygments.util import ClassNotFound
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
@@ -293,6 +298,36 @@ def executing(config: Config) -> bool:
     return config.nb_execution_mode != "off"
 
 
+class WrittenLexer(Lexer):
+    """Colours a cell that begins with `%%writefile NAME` as a file of that name."""
+
+    name = "written"
+
+    def get_tokens_unprocessed(self, text: str) -> Iterator[tuple[int, Any, str]]:
+        """The magic line, then the file."""
+        magic, line_end, content = text.partition("\n")
+        path = Path(magic.split()[-1])
+        try:
+            lexer = get_lexer_for_filename(path.with_suffix(".yaml").name if path.suffix == ".tpl" else path.name)
+        except ClassNotFound:
+            lexer = TextLexer()
+        yield 0, Comment.Preproc, magic + line_end
+        for start, kind, value in lexer.get_tokens_unprocessed(content):
+            yield start + len(magic) + 1, kind, value
+
+
+class ColourFiles(SphinxPostTransform):
+    """Has WrittenLexer colour the cells that write files: Python's would stumble over what is in them."""
+
+    default_priority = 8
+
+    def run(self, **kwargs: Any) -> None:
+        """Name the lexer in each such cell."""
+        for block in self.document.findall(nodes.literal_block):
+            if block.astext().startswith("%%writefile "):
+                block["language"] = WrittenLexer.name
+
+
 class Progress:
     """One line per notebook while Sphinx reads and executes it."""
 
@@ -399,6 +434,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("this-build", Generated)
     app.add_directive("what-runs-where", Generated)
     app.add_post_transform(Fill)
+    app.add_lexer(WrittenLexer.name, WrittenLexer)
+    app.add_post_transform(ColourFiles)
     app.connect("config-inited", add_versions)
     app.connect("config-inited", drop_thebe)
     app.connect("source-read", progress.begin)
