@@ -22,6 +22,7 @@ import tarfile
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 from lab import binaries, settings
@@ -30,6 +31,7 @@ from lab.report import Report
 
 SOURCES = settings.ENV / "images"
 REPOSITORY = "localhost/by-experiment"
+PACKAGES = "app/packages"
 UNPRIVILEGED = "65532:65532"
 LEFT_OUT = {
     "test",
@@ -147,6 +149,18 @@ def of_programs(tag: str, programs: Iterable[Path], entrypoint: tuple[str, ...] 
     return Image(tag, (layer,), entrypoint or (f"/bin/{programs[0].name}",), user=user or UNPRIVILEGED)
 
 
+def _packages(names: Iterable[str]) -> bytes:
+    """A layer with installed packages, without what they depend on, and the shared libraries that they load."""
+    files: dict[str, Path | bytes] = {}
+    for name in names:
+        for file in distribution(name).files or ():
+            path = Path(str(file.locate()))
+            if path.is_file() and ".." not in file.parts and "__pycache__" not in file.parts:
+                files[f"{PACKAGES}/{file}"] = path
+    files.update(_libraries(path for path in files.values() if isinstance(path, Path) and path.suffix == ".so"))
+    return _layer(files.items())
+
+
 def write_archive(target: Path, images: Iterable[Image]) -> None:
     """Write an archive of images, whole or not at all."""
     draft = target.with_suffix(".new")
@@ -213,6 +227,7 @@ def demo_archive(report: Report) -> Path:
             sys.version.encode(),
             Path(__file__).read_bytes(),
             *(part for path in files for part in (str(path.relative_to(SOURCES)).encode(), path.read_bytes())),
+            *(f"{name} {version(name)}".encode() for _, told in _sources() for name in told.get("packages", ())),
         ]
     )
     target = settings.cache() / f"images-{key}.tar"
@@ -228,13 +243,20 @@ def demo_archive(report: Report) -> Path:
         python = gzip.decompress(base.read_bytes())
         images = []
         for folder, told in _sources():
-            layer = _layer((f"app/{path.name}", path.read_bytes()) for path in sorted(folder.glob("*.py")))
+            packages = (_packages(told["packages"]),) if "packages" in told else ()
+            own = _layer((f"app/{path.name}", path.read_bytes()) for path in sorted(folder.glob("*.py")))
             images += [
                 Image(
                     f"{REPOSITORY}/{folder.name}:{tag}",
-                    (python, layer),
+                    (python, *packages, own),
                     tuple(told["entrypoint"]),
-                    ("PYTHONHOME=/usr/local", "PYTHONUNBUFFERED=1", "PYTHONDONTWRITEBYTECODE=1", f"VERSION={tag}"),
+                    (
+                        "PYTHONHOME=/usr/local",
+                        f"PYTHONPATH=/{PACKAGES}",
+                        "PYTHONUNBUFFERED=1",
+                        "PYTHONDONTWRITEBYTECODE=1",
+                        f"VERSION={tag}",
+                    ),
                 )
                 for tag in told["tags"]
             ]

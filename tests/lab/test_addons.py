@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 import yaml
 
@@ -157,6 +158,54 @@ def test_the_gateways_certificate_is_the_labs_own(addons: Lab) -> None:
     context = ssl.create_default_context(cadata=base64.b64decode(secret["ca.crt"]).decode())
     with socket.create_connection((front, 443), timeout=5) as plain, context.wrap_socket(plain, server_hostname="x.shop.test") as secure:
         assert ("DNS", "*.shop.test") in secure.getpeercert()["subjectAltName"]
+
+
+SERVER = """
+import grpc, signal
+from concurrent import futures
+echo = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
+server = grpc.server(futures.ThreadPoolExecutor(2))
+server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test.Echo", {"Say": echo})])
+server.add_insecure_port("0.0.0.0:50051")
+server.start()
+signal.sigwait({signal.SIGTERM})
+"""
+
+
+def test_the_gateway_routes_grpc(addons: Lab) -> None:
+    metadata = {"name": "echo", "namespace": "shop"}
+    container = {"name": "echo", "image": "localhost/by-experiment/grpc:v1", "args": ["-c", SERVER]}
+    port = {"port": 50051, "appProtocol": "kubernetes.io/h2c"}
+    route = {
+        "parentRefs": [{"name": "contour", "namespace": "projectcontour"}],
+        "hostnames": ["grpc.shop.test"],
+        "rules": [{"matches": [{"method": {"service": "test.Echo", "method": "Say"}}], "backendRefs": [{"name": "echo", "port": 50051}]}],
+    }
+    apply(
+        addons,
+        {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": metadata | {"labels": {"app": "echo"}},
+            "spec": {"terminationGracePeriodSeconds": 1, "containers": [container]},
+        },
+        {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": {"selector": {"app": "echo"}, "ports": [port]}},
+        {"apiVersion": "gateway.networking.k8s.io/v1", "kind": "GRPCRoute", "metadata": metadata, "spec": route},
+    )
+    front = address(addons, "projectcontour", "envoy")
+    with grpc.insecure_channel(f"{front}:80", options=[("grpc.default_authority", "grpc.shop.test")]) as channel:
+        say = channel.unary_unary("/test.Echo/Say")
+
+        def said() -> bytes | None:
+            try:
+                return say(b"hello", timeout=5)
+            except grpc.RpcError:
+                return None
+
+        assert until(said) == b"hello"
+        with pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary("/test.Other/Say")(b"hello", timeout=5)
+        assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_metrics_are_measured_and_verified(addons: Lab) -> None:
