@@ -8,7 +8,7 @@ Variables that a manifest may set:
   HEALTH      "well" (default), or "ill": HTTP answers 503, gRPC NOT_SERVING
   PORT        where HTTP listens (default 8080), "" for nowhere
   GRPC_PORT   where gRPC listens (default: nowhere)
-  WORK        seconds of processor time that GET /work takes (default 0.03)
+  WORK        seconds of processor time that GET /work takes (default 0.025)
 
 Requests:
   GET /live, GET /ready   how it is; each leaves a line of JSON on standard output
@@ -29,7 +29,7 @@ from pathlib import Path
 
 POD = os.environ.get("POD_NAME") or socket.gethostname()
 WELL = os.environ.get("HEALTH", "well") == "well"
-WORK = float(os.environ.get("WORK", "0.03"))
+WORK = float(os.environ.get("WORK", "0.025"))
 CGROUP = Path("/sys/fs/cgroup")
 hanging = threading.Event()
 forever = threading.Event()
