@@ -208,13 +208,13 @@ def lanes(
         title: What the figure shows.
         label: The label's key.
         begin: Second 0 (Unix seconds); without it, the first event.
-        end: Where the figure ends (Unix seconds); without it, at the last change.
+        end: Where the figure ends (Unix seconds); without it, shortly after the last change.
     """
     pods = watch.pods.assign(lane=lambda frame: frame["labels"].map(lambda labels: labels.get(label)))
     pods = pods[pods["lane"].isin(list(lanes))].sort_values("time", kind="stable")
     pods["life"] = pods["pod"] + " " + (pods["event"] == "ADDED").groupby(pods["pod"]).cumsum().astype(str)
     begin = min(events.values()) if begin is None else begin
-    end = pods["time"].max() if end is None else end
+    end = pods["time"].max() * 1.02 - begin * 0.02 if end is None else end
     rows: dict[str, list[tuple[str, float]]] = {lane: [] for lane in lanes}
     bars = []
     for _, changes in pods.groupby("life", sort=False):
