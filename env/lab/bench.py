@@ -11,7 +11,7 @@ from kubernetes import client, config
 from rich.console import Console
 from rich.table import Table
 
-from lab import images, lifecycle, settings
+from lab import addons, images, lifecycle, settings
 from lab.errors import Occupied
 from lab.report import Report
 
@@ -55,7 +55,7 @@ def run(runs: int, console: Console) -> None:
         figures.setdefault(name, []).append(value)
 
     report, silent = Report(), Report(quiet=True)
-    lifecycle.prepare(report, with_cluster=True, with_brokers=True)
+    lifecycle.prepare(report, with_cluster=True, with_brokers=True, with_addons=True)
     with report.step(f"Start and stop the lab {runs} times") as step:
         for done in range(runs):
             began = time.time()
@@ -77,6 +77,12 @@ def run(runs: int, console: Console) -> None:
     with report.step("Let everything idle for 30 s"):
         time.sleep(30)
     note("memory, cluster and three brokers idle", _unshared_bytes() / 1e9)
+    for name in addons.every():
+        before, began = _unshared_bytes(), time.time()
+        addons.up(silent, [name])
+        note(f"lab addon {name}", time.time() - began)
+        time.sleep(5)
+        note(f"memory that {name} adds", (_unshared_bytes() - before) / 1e9)
     lifecycle.down(silent)
 
     table = Table(
