@@ -67,6 +67,13 @@ $uv sync --quiet --python .venv/bin/python requirements.txt &&
     die "The packages could not be installed: is the package index reachable?"
 mkdir -p .venv/etc/ipython # A kernel would say on every start that it talks over loopback without encryption.
 echo '{"IPKernelApp": {"log_level": "ERROR"}}' >.venv/etc/ipython/ipython_kernel_config.json
+kernel=.venv/share/jupyter/kernels/deno # Deno's own installer knows the user's home alone.
+mkdir -p "$kernel"
+.venv/bin/python -c '
+import json, sys
+argv = [sys.executable, "-m", "lab.javascript", "{connection_file}"]
+print(json.dumps({"argv": argv, "display_name": "Deno", "language": "typescript"}))
+' >"$kernel/kernel.json"
 stamp >.venv/made.new
 mv .venv/made.new .venv/.made
 say ".venv made in $(($(date +%s) - start)) s."

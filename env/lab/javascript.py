@@ -29,7 +29,7 @@ MARK = "\N{END OF TRANSMISSION BLOCK}"
 FLUSH = f"console.log({json.dumps(MARK)}); {json.dumps(MARK)}"
 LIMIT = 10.0
 """Seconds to wait for the marks once their cell was answered: a reader's own `console` may print none."""
-CHANNELS = ("shell", "control", "stdin", "hb")
+CHANNELS = ("shell", "control", "stdin")
 
 
 def end_with_parent() -> None:
@@ -53,6 +53,8 @@ class Kernel:
             self.back[name] = context.socket(zmq.DEALER)
             self.back[name].setsockopt(zmq.IDENTITY, b"lab")
             self.back[name].connect(f"tcp://127.0.0.1:{own[f'{name}_port']}")
+        self.heartbeat = context.socket(zmq.REP)
+        self.heartbeat.bind(f"{connection['transport']}://{connection['ip']}:{connection['hb_port']}")
         self.published = context.socket(zmq.PUB)
         self.published.bind(f"{connection['transport']}://{connection['ip']}:{connection['iopub_port']}")
         self.heard = context.socket(zmq.SUB)
@@ -63,10 +65,17 @@ class Kernel:
             env={**os.environ, "NO_COLOR": "1"},
             preexec_fn=end_with_parent,
         )
+        self.clients: dict[str, list[bytes]] = {name: [] for name in CHANNELS}
         self.waiting: deque[list[bytes]] = deque()
         self.request: dict[str, Any] | None = None
         self.held: list[tuple[zmq.Socket, list[bytes]]] = []
         self.mark, self.missing, self.until = "", set(), 0.0
+
+    def pass_on(self, name: str, frames: list[bytes]) -> None:
+        """Pass a client's message on, and remember whose it is: Deno answers without saying to whom."""
+        start = frames.index(DELIM)
+        self.clients[name] = frames[:start]
+        self.back[name].send_multipart(frames[start:])
 
     def header(self, frames: list[bytes], parent: bool = False) -> dict[str, Any]:
         """The header of a message, or its parent's."""
@@ -92,7 +101,7 @@ class Kernel:
         if self.request is None and self.waiting:
             frames = self.waiting.popleft()
             self.request = self.header(frames)
-            self.back["shell"].send_multipart(frames)
+            self.pass_on("shell", frames)
 
     def release(self) -> None:
         """Say that the request is done."""
@@ -106,9 +115,9 @@ class Kernel:
         if self.mark and self.header(frames, parent=True).get("msg_id") == self.mark:
             self.until = time.monotonic() + LIMIT
         elif self.header(frames)["msg_type"] == "execute_reply":
-            self.held.append((self.front["shell"], frames))
+            self.held.append((self.front["shell"], self.clients["shell"] + frames))
         else:
-            self.front["shell"].send_multipart(frames)
+            self.front["shell"].send_multipart(self.clients["shell"] + frames)
 
     def told(self, frames: list[bytes]) -> None:
         """Something that Deno published."""
@@ -147,7 +156,7 @@ class Kernel:
         """Serve until Deno ends; returns its exit code."""
         self.connect()
         poller = zmq.Poller()
-        for socket in (*self.front.values(), *self.back.values(), self.heard):
+        for socket in (*self.front.values(), *self.back.values(), self.heard, self.heartbeat):
             poller.register(socket, zmq.POLLIN)
         while self.deno.poll() is None:
             ready = dict(poller.poll(200))
@@ -157,13 +166,15 @@ class Kernel:
                     if name == "shell":
                         self.waiting.append(frames)
                     else:
-                        self.back[name].send_multipart(frames)
+                        self.pass_on(name, frames)
                 if self.back[name] in ready:
                     frames = self.back[name].recv_multipart()
                     if name == "shell":
                         self.answered(frames)
                     else:
-                        self.front[name].send_multipart(frames)
+                        self.front[name].send_multipart(self.clients["control" if name == "control" else "shell"] + frames)
+            if self.heartbeat in ready:
+                self.heartbeat.send(self.heartbeat.recv())
             if self.heard in ready:
                 self.told(self.heard.recv_multipart())
             if self.mark and time.monotonic() > self.until:
