@@ -25,6 +25,7 @@ able: # In the first second, before anything is installed; `lab doctor --quick` 
 
 book: able setup ## Execute every notebook on the lab and build the site into _build/html
 	@$(bin)/lab doctor --quick
+	@$(bin)/lab build
 	@$(bin)/lab up
 	@$(bin)/python -m lab.book build
 
@@ -32,6 +33,7 @@ site: setup ## Build the site from the stored outputs, without a lab
 	@$(bin)/python -m lab.book build --stored
 
 notebooks: setup ## Execute the notebooks and store their outputs (ONLY=notebooks/… for one)
+	@$(bin)/lab build
 	@$(bin)/lab up
 	@$(bin)/python -m lab.book store $(ONLY)
 

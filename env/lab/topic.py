@@ -133,7 +133,7 @@ def start(name: str, *, cluster: bool = False, brokers: bool = False, addons: Se
         config.load_kube_config(found["KUBECONFIG"])
         namespace = f"{name}-{suffix}"
         if addons:
-            provided.up(Report(quiet=True), addons)
+            provided.up(Report(quiet=all(one.prepared for one in provided.named(addons))), addons)
             os.environ["PATH"] = os.pathsep.join([*provided.programs(addons), os.environ["PATH"]])
         runs_on.append(_fresh_namespace(name, namespace))
     bootstrap, for_pods = [], []
