@@ -40,9 +40,14 @@ def variables(*, cluster: bool = True, brokers: bool = True) -> dict[str, str]:
         found["BOOTSTRAP"] = lab.bootstrap
     if not found:
         raise NotRunning("No lab is up.", START)
+    from lab import addons
+
+    built = addons.programs()
     if lab and lab.kubeconfig and (folder := _binaries(Path(lab.cache))):
         found["KUBECACHEDIR"] = str(settings.cache() / "kubectl")
-        found["PATH"] = os.pathsep.join([folder, *(part for part in os.environ.get("PATH", "").split(os.pathsep) if part != folder)])
+        built.insert(0, folder)
+    if built:
+        found["PATH"] = os.pathsep.join([*built, *(part for part in os.environ.get("PATH", "").split(os.pathsep) if part not in built)])
     return found
 
 

@@ -102,9 +102,9 @@ def named(names: Iterable[str]) -> list[Addon]:
     return [every()[name] for name in names]
 
 
-def programs(names: Iterable[str]) -> list[str]:
-    """The folders of those add-ons' programs that a person runs, for PATH."""
-    return [str(addon.module.folder) for addon in named(names) if addon.module and addon.told.get("on_path")]
+def programs() -> list[str]:
+    """The folders of programs that a person runs, for PATH: those that are built."""
+    return [str(one.module.folder) for one in every().values() if one.told.get("on_path") and one.module and one.module.built]
 
 
 def prepare(report: Report, chosen: Iterable[Addon]) -> None:

@@ -134,7 +134,7 @@ def start(name: str, *, cluster: bool = False, brokers: bool = False, addons: Se
         namespace = f"{name}-{suffix}"
         if addons:
             provided.up(Report(quiet=all(one.prepared for one in provided.named(addons))), addons)
-            os.environ["PATH"] = os.pathsep.join([*provided.programs(addons), os.environ["PATH"]])
+            os.environ.update(access.variables(cluster=cluster, brokers=brokers))
         runs_on.append(_fresh_namespace(name, namespace))
     bootstrap, for_pods = [], []
     if brokers:
