@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, date, datetime
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ from lab.report import Report, Step
 CELL_LIMIT = 600
 """Seconds that one cell may take; `_config.yml` says the same for a build."""
 
-FACTS = ("system", "kernel", "processor", "memory", "python", "kubernetes", "kafka")
-NAMED = {"python": "Python ", "kubernetes": "Kubernetes ", "kafka": "Kafka "}
+FACTS = ("system", "kernel", "processor", "memory", "python", "deno", "kubernetes", "kafka")
+NAMED = {"python": "Python ", "deno": "Deno ", "kubernetes": "Kubernetes ", "kafka": "Kafka "}
 """What stands before a fact that does not say itself what it is."""
 
 
@@ -72,6 +73,7 @@ def machine() -> dict[str, str]:
         "processor": f"{platform.machine()}, {psutil.cpu_count()} cores",
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "python": platform.python_version(),
+        "deno": version("deno"),
         "kubernetes": byo.check_cluster(own.cluster) if own.cluster else embedded_cluster,
         "kafka": byo.check_brokers(own.brokers) if own.brokers else embedded_brokers,
     }
@@ -97,6 +99,18 @@ def long_date(iso: str) -> str:
     """`2026-11-23` as `23 November 2026`."""
     day = date.fromisoformat(iso)
     return f"{day.day} {day:%B %Y}"
+
+
+def unused(content: nbformat.NotebookNode) -> set[str]:
+    """The facts about this machine that say nothing about a notebook's outputs."""
+    if not in_javascript(content):
+        return {"deno"}
+    return {"python", "kubernetes", "kafka"} if not content.metadata.get("lab", {}).get("needs") else {"python"}
+
+
+def in_javascript(content: nbformat.NotebookNode) -> bool:
+    """Whether a notebook's cells are JavaScript, which a browser can run."""
+    return content.metadata.get("kernelspec", {}).get("name") == "deno"
 
 
 def store(notebook: Path, report: Report) -> bool:
@@ -130,7 +144,7 @@ def store(notebook: Path, report: Report) -> bool:
     content.metadata.setdefault("lab", {})["run"] = {
         "date": datetime.fromtimestamp(started, UTC).date().isoformat(),
         "seconds": round(time.time() - started),
-        "machine": machine(),
+        "machine": {name: fact for name, fact in machine().items() if name not in unused(content)},
     }
     draft = notebook.with_suffix(".new")
     nbformat.write(content, draft)
@@ -375,6 +389,14 @@ def add_banner(app: Sphinx, page: str, template: str, context: dict[str, Any], d
     context["theme_announcement"] = f"Built from stored outputs of {when}, not executed in this build."
 
 
+def add_editor(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
+    """Let a reader edit and run cells in JavaScript in the page; handler of `html-page-context`."""
+    path = Path(app.env.doc2path(page)) if page in app.env.found_docs else Path()
+    if path.suffix == ".ipynb" and in_javascript(nbformat.read(path, as_version=4)):
+        app.add_css_file("javascript.css")
+        app.add_js_file("javascript.js", loading_method="defer")
+
+
 def drop_thebe(app: Sphinx, config: Config) -> None:
     """Take away the scripts that Jupyter Book adds for running cells on a far server; handler of `config-inited`."""
     for listener in [one for event in app.events.listeners.values() for one in event]:
@@ -444,6 +466,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("build-finished", slim_icons)
     app.connect("build-finished", slim_plots)
     app.connect("html-page-context", add_banner, priority=900)
+    app.connect("html-page-context", add_editor)
     return {"version": "1", "parallel_read_safe": False, "parallel_write_safe": True}
 
 
