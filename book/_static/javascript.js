@@ -217,6 +217,7 @@
       input.append(this.editor);
       edit.hidden = true;
       reset.hidden = false;
+      this.editor.setSelectionRange(0, 0);
       this.editor.focus();
     };
     reset.onclick = () => {

@@ -3,7 +3,8 @@
 Deno 2.9 sends what a cell prints, and its last value, beside the message that the cell is done, and now and then after it
 (1 in 8 values on a busy machine). Whoever executes a notebook then misses an output. So this stands between Jupyter and
 Deno: when a cell is done it runs one more that prints a mark and has it as its value, and passes "done" on when both marks
-have come. Outputs overtake neither mark: each kind is sent in order. https://jupyter-client.readthedocs.io/en/stable/messaging.html
+have come. Outputs overtake neither mark: each kind is sent in order. And of a cell that it cannot parse, Deno tells nobody
+but the client that asked: the error is published here. https://jupyter-client.readthedocs.io/en/stable/messaging.html
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from jupyter_client.session import DELIM, Session
 
 MARK = "\N{END OF TRANSMISSION BLOCK}"
 FLUSH = f"console.log({json.dumps(MARK)}); {json.dumps(MARK)}"
+UNPARSED = "This cell could not be parsed."
 LIMIT = 10.0
 """Seconds to wait for the marks once their cell was answered: a reader's own `console` may print none."""
 CHANNELS = ("shell", "control", "stdin")
@@ -61,7 +63,7 @@ class Kernel:
         self.heard.setsockopt(zmq.SUBSCRIBE, b"")
         self.heard.connect(f"tcp://127.0.0.1:{own['iopub_port']}")
         self.deno = subprocess.Popen(
-            [Path(sys.executable).with_name("deno"), "jupyter", "--kernel", "--conn", file],
+            [Path(sys.executable).with_name("deno"), "jupyter", "--quiet", "--kernel", "--conn", file],
             env={**os.environ, "NO_COLOR": "1"},
             preexec_fn=end_with_parent,
         )
@@ -69,6 +71,8 @@ class Kernel:
         self.waiting: deque[list[bytes]] = deque()
         self.request: dict[str, Any] | None = None
         self.held: list[tuple[zmq.Socket, list[bytes]]] = []
+        self.reply: dict[str, Any] | None = None
+        self.failed = False
         self.mark, self.missing, self.until = "", set(), 0.0
 
     def pass_on(self, name: str, frames: list[bytes]) -> None:
@@ -104,11 +108,19 @@ class Kernel:
             self.pass_on("shell", frames)
 
     def release(self) -> None:
-        """Say that the request is done."""
+        """Say that the request is done, and that it failed, if nobody else did."""
+        if self.reply and self.reply["status"] == "error" and not self.failed:
+            error = {"ename": "SyntaxError", "evalue": UNPARSED, "traceback": [f"SyntaxError: {UNPARSED}"]}
+            self.session.send(self.published, "error", error, parent={"header": self.request}, ident=b"error")
         for socket, frames in self.held:
             socket.send_multipart(frames)
-        self.request, self.held, self.mark, self.missing = None, [], "", set()
+        self.request, self.reply, self.failed, self.held, self.mark, self.missing = None, None, False, [], "", set()
         self.next()
+
+    def release_if_complete(self) -> None:
+        """Say that the request is done if it was answered and both marks have come."""
+        if self.mark and self.reply and not self.missing:
+            self.release()
 
     def answered(self, frames: list[bytes]) -> None:
         """A reply of Deno's on the shell channel."""
@@ -116,6 +128,8 @@ class Kernel:
             self.until = time.monotonic() + LIMIT
         elif self.header(frames)["msg_type"] == "execute_reply":
             self.held.append((self.front["shell"], self.clients["shell"] + frames))
+            self.reply = json.loads(frames[frames.index(DELIM) + 5])
+            self.release_if_complete()
         else:
             self.front["shell"].send_multipart(self.clients["shell"] + frames)
 
@@ -135,6 +149,7 @@ class Kernel:
             else:
                 self.release()
         else:
+            self.failed = self.failed or kind == "error"
             self.published.send_multipart(frames)
 
     def marked(self, kind: str, content: dict[str, Any], idle: bool) -> None:
@@ -149,8 +164,7 @@ class Kernel:
             self.session.send(self.published, kind, content, parent={"header": self.request}, ident=kind.encode())
         if idle:
             self.missing.discard("status")
-        if not self.missing:
-            self.release()
+        self.release_if_complete()
 
     def run(self) -> int:
         """Serve until Deno ends; returns its exit code."""
