@@ -100,7 +100,7 @@ def test_edited_cell_runs_and_is_reset(page: Page) -> None:
     cell.locator("textarea").press("Control+Enter")
     cell.locator(".js-live[data-done]").wait_for()
     assert cell.locator(".js-live").inner_text().split() == ["area", "42", "21"]
-    after = cell_with(page, 'check("call, apply')
+    after = cell_with(page, 'check(\n  "call, apply')
     assert "TypeError" in run(after) or "✗" in run(after)
     press(cell, "reset")
     assert cell.locator("textarea").count() == 0
