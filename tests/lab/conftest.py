@@ -26,7 +26,10 @@ class Lab:
     """Runs `lab` as a person would, in an environment that belongs to these tests."""
 
     environment: dict[str, str] = field(
-        default_factory=lambda: {key: value for key, value in os.environ.items() if not key.startswith("LAB_")} | {"LAB_INSTANCE": INSTANCE}
+        default_factory=lambda: (
+            {key: value for key, value in os.environ.items() if not key.startswith("LAB_") or key == "LAB_CACHE"}
+            | {"LAB_INSTANCE": INSTANCE}
+        )
     )
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
