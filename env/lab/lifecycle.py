@@ -387,8 +387,10 @@ def nodes() -> Supervisor:
         NotRunning: There is no lab with a cluster.
     """
     lab = settings.find()
-    if lab is None or not lab.nodes:
-        raise NotRunning("No lab with a cluster is up.", "Start it with `lab up`.")
+    if lab is None:
+        raise NotRunning("No lab is up.", "Start it with `lab up`.")
+    if not lab.nodes:
+        raise NotRunning("The lab that is up has no nodes.", "Take it down with `lab down` and start it as root.")
     return supervisor(Path(lab.state))
 
 

@@ -156,7 +156,8 @@ def test_the_gateways_certificate_is_the_labs_own(addons: Lab) -> None:
     front = address(addons, "projectcontour", "envoy")
     secret = json.loads(addons.kubectl("-n=projectcontour", "get", "secret", "lab-tls", "-o=json"))["data"]
     context = ssl.create_default_context(cadata=base64.b64decode(secret["ca.crt"]).decode())
-    with socket.create_connection((front, 443), timeout=5) as plain, context.wrap_socket(plain, server_hostname="x.shop.test") as secure:
+    name = "gateway.shop.test"
+    with socket.create_connection((front, 443), timeout=5) as plain, context.wrap_socket(plain, server_hostname=name) as secure:
         assert ("DNS", "*.shop.test") in secure.getpeercert()["subjectAltName"]
 
 
@@ -249,7 +250,7 @@ KILL
 def test_a_registry_lasts_as_long_as_its_lesson(addons: Lab, tmp_path: Path, end: str) -> None:
     environment = addons.environment | {f"HELM_{kind}_HOME": str(tmp_path / kind) for kind in ("CACHE", "CONFIG", "DATA")}
     done = subprocess.run(
-        [sys.executable, "-c", LESSON.replace("KILL", end), str(tmp_path)],
+        [sys.executable, "-u", "-c", LESSON.replace("KILL", end), str(tmp_path)],
         env=environment,
         capture_output=True,
         text=True,
