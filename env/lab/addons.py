@@ -61,7 +61,7 @@ class Addon:
     @property
     def key(self) -> str:
         """What a cluster that has the add-on got it from: its folder."""
-        return images.key_of(path.read_bytes() for path in sorted(self.source.rglob("*")) if path.is_file())
+        return binaries.key_of(path.read_bytes() for path in sorted(self.source.rglob("*")) if path.is_file())
 
     @property
     def archive(self) -> Path | None:
@@ -71,7 +71,7 @@ class Addon:
         wheel = self.source / "wheel.txt"
         parts = [json.dumps(told).encode(), (self.module.key if self.module else "").encode()]
         parts += [path.read_bytes() for path in (wheel, Path(images.__file__)) if path.exists()]
-        return settings.cache() / f"addon-{self.name}-{images.key_of(parts)}.tar"
+        return settings.cache() / f"addon-{self.name}-{binaries.key_of(parts)}.tar"
 
     @property
     def prepared(self) -> bool:

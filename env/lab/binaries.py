@@ -20,6 +20,14 @@ from lab.report import Report
 TOOLCHAIN = settings.ENV / "go.txt"
 
 
+def key_of(parts: Iterable[bytes]) -> str:
+    """The hash that tells two contents apart in a file's name."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Module:
     """A `go.mod` with nothing but `tool` lines, and what its programs are linked with.
@@ -46,7 +54,7 @@ class Module:
         parts = [(self.source / name).read_bytes() for name in ("go.mod", "go.sum")]
         parts += [self.flags.encode(), os.uname().machine.encode()]
         parts += [json.dumps(sorted(self.upstream.items())).encode()] if self.upstream else []
-        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:12]
+        return key_of(parts)
 
     @property
     def folder(self) -> Path:

@@ -338,7 +338,7 @@ def image_store(report: Report, more: Iterable[Path] = ()) -> Path:
         Unhealthy: containerd refused an image.
     """
     archives = [images.system_archive(report), images.demo_archive(report), *more]
-    target = settings.cache() / f"store-{images.key_of(archive.name.encode() for archive in archives)}"
+    target = settings.cache() / f"store-{binaries.key_of(archive.name.encode() for archive in archives)}"
     if target.is_dir():
         return target
     with report.alone(settings.cache() / "store.lock"), report.step("Unpack the images"):

@@ -197,14 +197,6 @@ def write_archive(target: Path, images: Iterable[Image]) -> None:
     draft.replace(target)
 
 
-def key_of(parts: Iterable[bytes]) -> str:
-    """The hash that tells two contents apart in a file's name."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()[:12]
-
-
 def _sources() -> list[tuple[Path, dict]]:
     """Each folder of `env/images` with its `image.toml`."""
     return [(path.parent, tomllib.loads(path.read_text())) for path in sorted(SOURCES.glob("*/image.toml"))]
@@ -222,7 +214,7 @@ def demo_archive(report: Report) -> Path:
         BuildFailed: It could not be written.
     """
     files = sorted(path for path in SOURCES.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    key = key_of(
+    key = binaries.key_of(
         [
             sys.version.encode(),
             Path(__file__).read_bytes(),
@@ -233,7 +225,7 @@ def demo_archive(report: Report) -> Path:
     target = settings.cache() / f"images-{key}.tar"
 
     def write() -> None:
-        base = settings.cache() / f"python-{key_of([sys.version.encode(), Path(__file__).read_bytes()])}.tar.gz"
+        base = settings.cache() / f"python-{binaries.key_of([sys.version.encode(), Path(__file__).read_bytes()])}.tar.gz"
         if not base.exists():
             base.with_suffix(".new").write_bytes(gzip.compress(_python(), 1, mtime=0))
             base.with_suffix(".new").replace(base)
@@ -279,7 +271,7 @@ def system_archive(report: Report) -> Path:
         raise BuildFailed("There is no catatonit, the program that the pause image holds.", "Install the package catatonit.")
     target = (
         settings.cache()
-        / f"system-{key_of([binaries.CLUSTER.key.encode(), Path(__file__).read_bytes(), Path(catatonit).read_bytes()])}.tar"
+        / f"system-{binaries.key_of([binaries.CLUSTER.key.encode(), Path(__file__).read_bytes(), Path(catatonit).read_bytes()])}.tar"
     )
 
     def write() -> None:
