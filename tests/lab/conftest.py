@@ -8,7 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,6 +69,15 @@ class Lab:
     def kubectl(self, *arguments: str) -> str:
         """What kubectl says; it must succeed."""
         return self.well("kubectl", *arguments)
+
+
+def until(condition: Callable[[], object], limit: float, every: float = 0.2) -> object:
+    """Wait until a condition holds, `limit` seconds at most, and return what it returned."""
+    end = time.monotonic() + limit
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(every)
+    return found
 
 
 def traces() -> list[str]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import socket
 import ssl
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -19,18 +19,12 @@ import pytest
 import yaml
 
 from .conftest import STATE, Lab
+from .conftest import until as wait_until
 
 PATIENCE = 90
+until = functools.partial(wait_until, limit=PATIENCE, every=0.3)
 IMAGE = "localhost/by-experiment/shop:v1"
 ADDONS = ("storage", "metrics", "gateway", "loadbalancer", "helm")
-
-
-def until(condition: Callable[[], object], limit: float = PATIENCE) -> object:
-    end = time.monotonic() + limit
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not come to be"
-        time.sleep(0.3)
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -10,7 +11,6 @@ import ssl
 import stat
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from .conftest import STATE, Lab
+from .conftest import until as wait_until
 
 COMPONENTS = {
     "control-plane": ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"),
@@ -26,18 +27,11 @@ COMPONENTS = {
     "node-2": ("containerd", "kubelet", "kube-proxy"),
 }
 PATIENCE = 60
+until = functools.partial(wait_until, limit=PATIENCE)
 
 
 def told() -> dict:
     return json.loads((STATE / "lab.json").read_text())
-
-
-def until(condition, limit: float = PATIENCE):
-    end = time.monotonic() + limit
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not come to be"
-        time.sleep(0.2)
-    return found
 
 
 def in_a_pod(lab: Lab, name: str, program: str) -> str:
