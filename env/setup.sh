@@ -15,7 +15,7 @@ stamp() { # The checkout, the Python, and a hash of everything that .venv is mad
 import hashlib, os, sys
 inputs = b"".join(open(name, "rb").read() for name in sys.argv[1:])
 print(os.fsencode(os.getcwd()).hex(), "%d.%d" % sys.version_info[:2], hashlib.sha256(inputs).hexdigest(), sep="\n")
-' requirements.txt env/pyproject.toml env/setup.sh 2>/dev/null
+' requirements.txt env/pyproject.toml env/setup.sh env/javascript/deno.* 2>/dev/null
 }
 
 made() { [ -f .venv/.made ] && [ "$(cat .venv/.made)" = "$(stamp)" ]; }
@@ -74,6 +74,10 @@ import json, sys
 argv = [sys.executable, "-m", "lab.javascript", "{connection_file}"]
 print(json.dumps({"argv": argv, "display_name": "Deno", "language": "typescript"}))
 ' >"$kernel/kernel.json"
+packages=.venv/share/javascript # gRPC's own library for JavaScript: deno.lock holds a hash of each package.
+mkdir -p "$packages"
+cp env/javascript/deno.json env/javascript/deno.lock "$packages"
+(cd "$packages" && ../../bin/deno install --quiet --frozen) || die "The JavaScript packages could not be installed: is their registry reachable?"
 stamp >.venv/made.new
 mv .venv/made.new .venv/.made
 say ".venv made in $(($(date +%s) - start)) s."

@@ -1,7 +1,7 @@
 """What one lesson needs of the cluster and others do not: a folder of `env/addons` each, brought up by `lab addon NAME`.
 
-A folder holds the pins of its programs (go.mod, wheel.txt), the images made of them (addon.toml), and a
-kustomization of the manifests that its modules publish.
+A folder holds the pins of its programs (go.mod, wheel.txt, jgo.lock.toml), the images and commands made of them (addon.toml), and
+a kustomization of the manifests that its modules publish.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -24,6 +25,7 @@ import yaml
 
 from lab import access, binaries, cluster, images, network, pki, settings
 from lab.errors import BuildFailed, LabError, MissingPrerequisite, NotRunning, Unhealthy
+from lab.jars import Jars, java
 from lab.report import Report
 
 FOLDER = settings.ENV / "addons"
@@ -51,12 +53,31 @@ class Addon:
         return FOLDER / self.name
 
     @property
+    def in_cluster(self) -> bool:
+        """Whether it brings objects into the cluster, not only programs."""
+        return (self.source / "kustomization.yaml").exists()
+
+    @property
     def module(self) -> binaries.Module | None:
         """Its Go programs, if it has any."""
         if not (self.source / "go.mod").exists():
             return None
         flags = f"-s -w {self.told.get('flags', '')}".strip()
         return binaries.Module(f"addon-{self.name}", self.source, self.told["title"], flags, upstream=self.told.get("upstream", {}))
+
+    @property
+    def jars(self) -> Jars | None:
+        """Its Java programs, if it has any."""
+        lock = self.source / "jgo.lock.toml"
+        return Jars(f"addon-{self.name}", self.told["title"], lock) if lock.exists() else None
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the programs are that a person runs, if it has any."""
+        if self.told.get("commands"):
+            parts = [json.dumps(self.told["commands"]), *java("")]
+            return self.jars.home / f"bin-{binaries.key_of(part.encode() for part in parts)}"
+        return self.module.folder if self.told.get("on_path") else None
 
     @property
     def key(self) -> str:
@@ -76,7 +97,8 @@ class Addon:
     @property
     def prepared(self) -> bool:
         """Whether its programs are built and its images written."""
-        return (self.module is None or self.module.built) and (self.archive is None or self.archive.exists())
+        places = [self.archive, self.folder, self.jars and self.jars.home]
+        return (self.module is None or self.module.built) and all(place is None or place.exists() for place in places)
 
     @property
     def tags(self) -> list[str]:
@@ -104,11 +126,11 @@ def named(names: Iterable[str]) -> list[Addon]:
 
 def programs() -> list[str]:
     """The folders of programs that a person runs, for PATH: those that are built."""
-    return [str(one.module.folder) for one in every().values() if one.told.get("on_path") and one.module and one.module.built]
+    return [str(one.folder) for one in every().values() if one.folder and one.prepared]
 
 
 def prepare(report: Report, chosen: Iterable[Addon]) -> None:
-    """Build the programs and write the images of add-ons; needs no root. What is there is left alone.
+    """Build or fetch the programs and write the images of add-ons; needs no root. What is there is left alone.
 
     Raises:
         BuildFailed: Something could not be had.
@@ -116,6 +138,10 @@ def prepare(report: Report, chosen: Iterable[Addon]) -> None:
     chosen = [addon for addon in chosen if not addon.prepared]
     binaries.build(report, [addon.module for addon in chosen if addon.module])
     for addon in chosen:
+        if addon.jars:
+            with report.alone(settings.cache() / f"{addon.jars.name}.lock"), report.step(f"Fetch the jars of {addon.told['title']}"):
+                addon.jars.fetch()
+                _write_commands(addon)
         if addon.archive:
             images.once(
                 addon.archive,
@@ -124,6 +150,21 @@ def prepare(report: Report, chosen: Iterable[Addon]) -> None:
                 functools.partial(_write, addon),
                 report,
             )
+
+
+def _write_commands(addon: Addon) -> None:
+    """Write a shell script for each command that the add-on names."""
+    if addon.folder is None or addon.folder.exists():
+        return
+    draft = addon.folder.with_suffix(".new")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    for name, main in addon.told["commands"].items():
+        script = draft / name
+        run = shlex.join(java(main, jvm=("-Xmx512m",)))
+        script.write_text(f'#!/bin/sh\nCLASSPATH={shlex.quote(addon.jars.classpath)} exec {run} "$@"\n')
+        script.chmod(0o755)
+    draft.rename(addon.folder)
 
 
 def _write(addon: Addon) -> None:
@@ -155,23 +196,19 @@ def up(report: Report, names: Iterable[str]) -> None:
     Raises:
         LabError: There is no such add-on, or it could not be brought up.
     """
-    chosen = named(names)
-    if settings.own().cluster:
-        for addon in chosen:
-            _look_for(addon)
-        return
-    if any((addon.source / "kustomization.yaml").exists() for addon in chosen):
-        lab = settings.find()
-        if lab is None or not lab.kubeconfig:
-            raise NotRunning("No lab with a cluster is up.", access.START)
-    for addon in chosen:
-        if (addon.source / "kustomization.yaml").exists():
-            _up(report, addon, lab)
-        else:
+    for addon in named(names):
+        if not addon.in_cluster:
             prepare(report, [addon])
+        elif settings.own().cluster:
+            _look_for(addon)
+        else:
+            _up(report, addon)
 
 
-def _up(report: Report, addon: Addon, lab: settings.Lab) -> None:
+def _up(report: Report, addon: Addon) -> None:
+    lab = settings.find()
+    if lab is None or not lab.kubeconfig:
+        raise NotRunning("No lab with a cluster is up.", access.START)
     run = functools.partial(cluster.kubectl, lab.kubeconfig)
     if applied(lab).get(addon.name) == addon.key:
         _wait(addon, run)
@@ -218,14 +255,8 @@ def _import(report: Report, addon: Addon, lab: settings.Lab, run) -> None:
 
     with report.step(f"Import the images of {addon.told['title']}"):
         for name in lacking:
-            pid = lifecycle.init_pid(Path(lab.state), name)
             with addon.archive.open("rb") as archive:
-                done = subprocess.run(
-                    ["nsenter", f"--target={pid}", "--mount", "--pid", "/opt/bin/ctr", "--namespace=k8s.io", "images", "import", "-"],
-                    stdin=archive,
-                    capture_output=True,
-                    text=True,
-                )
+                done = lifecycle.ctr(lab, name, "images", "import", "-", stdin=archive)
             if done.returncode:
                 raise Unhealthy(f"{name} did not take the images: {done.stderr.strip()[-300:]}", f"See `lab logs {name}/containerd`.")
 
@@ -354,9 +385,6 @@ def _look_for(addon: Addon) -> None:
         groups = {group.name for group in client.ApisApi(api).get_api_versions().groups}
         offered = "gateway.networking.k8s.io" in groups and bool(client.NetworkingV1Api(api).list_ingress_class().items)
         lacks = "an Ingress controller and the Gateway API (Contour, for one)"
-    elif addon.name == "helm":
-        prepare(Report(), [addon])
-        return
     else:
         return
     if not offered:

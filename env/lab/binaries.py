@@ -39,6 +39,7 @@ class Module:
         flags: The linker's flags.
         renamed: Programs whose module calls them otherwise, by that name.
         upstream: Files and folders of its modules that are kept beside the programs: MODULE:PATH by the name they get.
+        tests: Packages whose tests are compiled too: `.../e2e` gives the program `e2e.test`.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Module:
     flags: str = "-s -w"
     renamed: Mapping[str, str] = field(default_factory=dict)
     upstream: Mapping[str, str] = field(default_factory=dict)
+    tests: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -54,6 +56,7 @@ class Module:
         parts = [(self.source / name).read_bytes() for name in ("go.mod", "go.sum")]
         parts += [self.flags.encode(), os.uname().machine.encode()]
         parts += [json.dumps(sorted(self.upstream.items())).encode()] if self.upstream else []
+        parts += [json.dumps(self.tests).encode()] if self.tests else []
         return key_of(parts)
 
     @property
@@ -217,13 +220,14 @@ def _build(report: Report, module: Module, toolchain: Path, scratch: Path) -> No
         draft = settings.cache() / f"{module.name}-{module.key}.new"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        process = run("build", "-v", "-trimpath", "-ldflags", module.flags, "-o", f"{draft}/", "tool")
-        last: list[str] = []
-        for compiled, line in enumerate(process.stdout, 1):
-            last = [*last[-4:], line.strip()]
-            step.progress(compiled, len(stale), "packages")
-        if process.wait():
-            raise BuildFailed(f"The Go build failed: {' '.join(last)}", "If the disk is full, free some; then run `lab build` again.")
+        for what in [("build", "-v", "tool"), *([("test", "-c", "-vet=off", *module.tests)] if module.tests else [])]:
+            process = run(*what[:2], "-trimpath", "-ldflags", module.flags, "-o", f"{draft}/", *what[2:])
+            last: list[str] = []
+            for compiled, line in enumerate(process.stdout, 1):
+                last = [*last[-4:], line.strip()]
+                step.progress(compiled, len(stale), "packages")
+            if process.wait():
+                raise BuildFailed(f"The Go build failed: {' '.join(last)}", "If the disk is full, free some; then run `lab build` again.")
         for theirs, ours in module.renamed.items():
             (draft / theirs).replace(draft / ours)
         for ours, theirs in module.upstream.items():

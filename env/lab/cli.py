@@ -188,7 +188,10 @@ def kubectl(arguments: tuple[str, ...]) -> None:
     program = shutil.which("kubectl", path=environment["PATH"])
     if program is None:
         raise NotRunning("There is no kubectl.", "Build it with `lab build`.")
-    os.execve(program, [program, *arguments], environment)
+    try:
+        os.execve(program, [program, *arguments], environment)
+    except OSError as error:
+        raise NotRunning(f"{program} cannot run: {error.strerror}.", "Build it anew: `lab down --purge`, then `lab build`.") from None
 
 
 @main.command()
@@ -207,7 +210,7 @@ def build() -> None:
 
     own = settings.own()
     with_cluster = not own.cluster and host.clusterless() is None
-    lifecycle.prepare(Report(), with_cluster=with_cluster, with_brokers=not own.brokers, with_addons=with_cluster)
+    lifecycle.prepare(Report(), with_cluster=with_cluster, with_brokers=not own.brokers, with_addons=True)
 
 
 @main.command()
@@ -259,10 +262,17 @@ def bench(runs: int) -> None:
 
 
 @main.command()
-def images() -> None:
+@click.option("--kafka", is_flag=True, help="Instead, the images that env/compose.yaml runs, for where the public ones cannot be had.")
+def images(kafka: bool) -> None:
     """Write the demo images as an archive and print its path, for `kind load image-archive` or `docker load`."""
+    from lab import compose
     from lab import images as written
 
+    if kafka:
+        click.echo(compose.archive(Report()))
+        for variable, tag in compose.tags().items():
+            click.echo(f"export {variable}={tag}", err=True)
+        return
     click.echo(written.demo_archive(Report()))
     for tag in written.tags():
         click.echo(tag, err=True)

@@ -118,6 +118,8 @@ def install(state: Path, subnet: str, nodes: list[str], owner: tuple[int, int], 
         _write(worker.etc / "containerd" / "config.toml", CONTAINERD)
         _write(worker.etc / "nftables.conf", MASQUERADE)
         worker.install(_node_programs(worker), owner)
+    for folder in (state / "admin", *state.glob("*/etc/kubernetes/pki"), *state.glob("*/etc/kubernetes/pki/etcd")):
+        folder.chmod(0o700)
 
 
 def _write(path: Path, text: str) -> None:

@@ -62,6 +62,7 @@ class Image:
         entrypoint: What it runs.
         environment: Its variables.
         user: The user and group it runs as.
+        command: What the entrypoint gets where a Pod says nothing.
     """
 
     tag: str
@@ -69,9 +70,11 @@ class Image:
     entrypoint: tuple[str, ...]
     environment: tuple[str, ...] = ()
     user: str = UNPRIVILEGED
+    command: tuple[str, ...] = ()
 
 
-def _layer(files: Iterable[tuple[str, Path | bytes]]) -> bytes:
+def layer(files: Iterable[tuple[str, Path | bytes]]) -> bytes:
+    """A layer with these files, each given as its path in the image and its source or content."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         made: set[str] = set()
@@ -96,7 +99,7 @@ def _layer(files: Iterable[tuple[str, Path | bytes]]) -> bytes:
     return buffer.getvalue()
 
 
-def _libraries(programs: Iterable[Path]) -> dict[str, Path]:
+def libraries(programs: Iterable[Path]) -> dict[str, Path]:
     """The shared libraries that `programs` load, by their path in the image."""
     told = subprocess.run(["ldd", *map(str, programs)], capture_output=True, text=True).stdout
     return {found.lstrip("/"): Path(found).resolve() for found in re.findall(r"(/\S+) \(0x", told)}
@@ -123,7 +126,7 @@ def _python() -> bytes:
                 files[f"{parent}/__pycache__/{stem[:-3]}.{sys.implementation.cache_tag}.pyc"] = scratch.read_bytes()
     scratch.unlink(missing_ok=True)
     extensions = [path for path in files.values() if isinstance(path, Path) and path.suffix == ".so"]
-    files.update(_libraries([interpreter, *extensions]))
+    files.update(libraries([interpreter, *extensions]))
     files["etc/passwd"] = b"root:x:0:0:root:/:/bin/false\napp:x:65532:65532:app:/tmp:/bin/false\n"
     files["etc/group"] = b"root:x:0:\napp:x:65532:\n"
     files["etc/nsswitch.conf"] = b"passwd: files\ngroup: files\nhosts: files dns\n"
@@ -132,7 +135,7 @@ def _python() -> bytes:
         for place in resolver:
             if (path := Path(place, library_name)).exists():
                 files[str(path).lstrip("/")] = path.resolve()
-    return _layer(files.items())
+    return layer(files.items())
 
 
 def of_programs(tag: str, programs: Iterable[Path], entrypoint: tuple[str, ...] = (), user: str = "") -> Image:
@@ -145,8 +148,8 @@ def of_programs(tag: str, programs: Iterable[Path], entrypoint: tuple[str, ...] 
         user: The user and group it runs as; empty for an unprivileged one.
     """
     programs = list(programs)
-    layer = _layer(({f"bin/{path.name}": path.resolve() for path in programs} | _libraries(programs)).items())
-    return Image(tag, (layer,), entrypoint or (f"/bin/{programs[0].name}",), user=user or UNPRIVILEGED)
+    content = layer(({f"bin/{path.name}": path.resolve() for path in programs} | libraries(programs)).items())
+    return Image(tag, (content,), entrypoint or (f"/bin/{programs[0].name}",), user=user or UNPRIVILEGED)
 
 
 def _packages(names: Iterable[str]) -> bytes:
@@ -157,8 +160,8 @@ def _packages(names: Iterable[str]) -> bytes:
             path = Path(str(file.locate()))
             if path.is_file() and ".." not in file.parts and "__pycache__" not in file.parts:
                 files[f"{PACKAGES}/{file}"] = path
-    files.update(_libraries(path for path in files.values() if isinstance(path, Path) and path.suffix == ".so"))
-    return _layer(files.items())
+    files.update(libraries(path for path in files.values() if isinstance(path, Path) and path.suffix == ".so"))
+    return layer(files.items())
 
 
 def write_archive(target: Path, images: Iterable[Image]) -> None:
@@ -175,7 +178,7 @@ def write_archive(target: Path, images: Iterable[Image]) -> None:
                 archive.addfile(entry, io.BytesIO(content))
 
         for image in images:
-            digests = [hashlib.sha256(layer).hexdigest() for layer in image.layers]
+            digests = [hashlib.sha256(content).hexdigest() for content in image.layers]
             config = json.dumps(
                 {
                     "architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine()),
@@ -184,12 +187,13 @@ def write_archive(target: Path, images: Iterable[Image]) -> None:
                         "Entrypoint": list(image.entrypoint),
                         "Env": ["PATH=/usr/local/bin:/bin", *image.environment],
                         "User": image.user,
-                    },
+                    }
+                    | ({"Cmd": list(image.command)} if image.command else {}),
                     "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in digests]},
                 }
             ).encode()
-            for digest, layer in zip(digests, image.layers, strict=True):
-                add(f"{digest}/layer.tar", layer)
+            for digest, content in zip(digests, image.layers, strict=True):
+                add(f"{digest}/layer.tar", content)
             config_name = f"{hashlib.sha256(config).hexdigest()}.json"
             add(config_name, config)
             manifest.append({"Config": config_name, "RepoTags": [image.tag], "Layers": [f"{digest}/layer.tar" for digest in digests]})
@@ -236,7 +240,7 @@ def demo_archive(report: Report) -> Path:
         images = []
         for folder, told in _sources():
             packages = (_packages(told["packages"]),) if "packages" in told else ()
-            own = _layer((f"app/{path.name}", path.read_bytes()) for path in sorted(folder.glob("*.py")))
+            own = layer((f"app/{path.name}", path.read_bytes()) for path in sorted(folder.glob("*.py")))
             images += [
                 Image(
                     f"{REPOSITORY}/{folder.name}:{tag}",
@@ -280,8 +284,8 @@ def system_archive(report: Report) -> Path:
         write_archive(
             target,
             [
-                Image(PAUSE, (_layer({"catatonit": pause, **_libraries([pause])}.items()),), ("/catatonit", "-P")),
-                Image(COREDNS, (_layer({"coredns": coredns}.items()),), ("/coredns",), user=UNPRIVILEGED),
+                Image(PAUSE, (layer({"catatonit": pause, **libraries([pause])}.items()),), ("/catatonit", "-P")),
+                Image(COREDNS, (layer({"coredns": coredns}.items()),), ("/coredns",), user=UNPRIVILEGED),
             ],
         )
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -79,7 +82,7 @@ def prepare(report: Report, *, with_cluster: bool, with_brokers: bool, with_addo
         report: Where each step is told.
         with_cluster: Whether for the cluster.
         with_brokers: Whether for the brokers.
-        with_addons: Whether for every add-on too; else each is built when a lesson first asks for it.
+        with_addons: Whether for the add-ons of either too; else each is built when a lesson first asks for it.
 
     Raises:
         LabError: Something could not be had.
@@ -88,15 +91,17 @@ def prepare(report: Report, *, with_cluster: bool, with_brokers: bool, with_addo
     if with_cluster:
         host.install_programs(report)
 
+    chosen = addons.every().values() if with_addons else ()
+
     def kafka() -> None:
         with report.alone(settings.cache() / "kafka.lock"), report.step(f"Kafka {settings.KAFKA}: jars and start-up cache"):
             brokers.prepare()
+        addons.prepare(report, [one for one in chosen if one.jars])
 
     def kubernetes() -> None:
-        chosen = addons.every().values() if with_addons else ()
         binaries.build(report, [binaries.CLUSTER, *(one.module for one in chosen if one.module)])
         images.system_archive(report)
-        addons.prepare(report, chosen)
+        addons.prepare(report, [one for one in chosen if not one.jars])
 
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(kubernetes)] if with_cluster else []
@@ -120,6 +125,7 @@ def up(report: Report, *, nodes: int | None = None, with_cluster: bool = True, w
     """
     state = settings.state()
     refuse_if_held()
+    _require_place(state.parent)
     if not (was_running := _running(state) is not None):
         prepare(report, with_cluster=with_cluster, with_brokers=with_brokers)
     with exclusive(report):
@@ -142,6 +148,13 @@ def up(report: Report, *, nodes: int | None = None, with_cluster: bool = True, w
             if fresh:
                 shutil.rmtree(state, ignore_errors=True)
             raise
+
+
+def _require_place(folder: Path) -> None:
+    """Say that the state cannot be kept in a folder before anything is built, not after."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def refuse_if_held() -> None:
@@ -187,6 +200,8 @@ def _found(lab: Lab, report: Report, *, nodes: int | None, with_cluster: bool, w
         control.start_program(process["name"])
     if any(process["name"].startswith("broker-") for process in dead):
         brokers.wait_ready(PATIENCE)
+    if any(not process["name"].startswith("broker-") for process in dead):
+        _wait_cluster(report, lab)
     report("The lab is up already.")
     if lab.nodes and json.loads((Path(lab.state) / STAYS_PUT).read_text()).get("images") != _images():
         report("The demo images have changed since: `lab down` and `lab up` bring the new ones.")
@@ -256,7 +271,7 @@ def _start(report: Report, state: Path, *, nodes: int, with_brokers: bool) -> La
         started=time.time(),
     )
     if nodes:
-        (state / TUNABLES).write_text(json.dumps(host.tunables()))
+        _save_tunables(state)
         with report.step("Lay the network"):
             network.up(subnet, {one.name: one.address for one in machines}, cluster.pod_subnets(names))
     control.start({MARK: str(state)}, PATIENCE)
@@ -307,6 +322,16 @@ def init_pid(state: Path, name: str) -> int:
     raise NotRunning(f"{name} is not running.", "See `lab status`.")
 
 
+def ctr(lab: Lab, node: str, *arguments: str, stdin: IO | None = None) -> subprocess.CompletedProcess:
+    """Run containerd's `ctr` on a node, where Kubernetes' images are; needs root.
+
+    Raises:
+        NotRunning: The node is not running.
+    """
+    command = ["nsenter", f"--target={init_pid(Path(lab.state), node)}", "--mount", "--pid", "/opt/bin/ctr", "--namespace=k8s.io"]
+    return subprocess.run([*command, *arguments], stdin=stdin or subprocess.DEVNULL, capture_output=True, text=True)
+
+
 def down(report: Report, *, purge: bool = False, force: bool = False) -> None:
     """Take the lab down; nothing of it stays but the cache, and with `purge` not that either.
 
@@ -352,9 +377,7 @@ def _end(state: Path) -> None:
     if not host.is_root():
         return
     network.down()
-    with contextlib.suppress(OSError, ValueError):
-        host.restore_tunables(json.loads((state / TUNABLES).read_text()))
-        (state / TUNABLES).unlink()
+    _restore_tunables(state)
     end = time.monotonic() + 10
     while (left := machine.cgroups()) and time.monotonic() < end:
         for folder in left:
@@ -365,6 +388,24 @@ def _end(state: Path) -> None:
         if machine.cgroups():
             time.sleep(0.05)
     (state / "lab.json").unlink(missing_ok=True)
+
+
+def _tunables_of_others(state: Path) -> list[Path]:
+    return [path for path in sorted(state.parent.glob(f"{settings.NAME}*/{TUNABLES}")) if path.parent != state]
+
+
+def _save_tunables(state: Path) -> None:
+    """Write down what the kubelets will change: as it is, or as the first of the labs beside this one found it."""
+    others = _tunables_of_others(state)
+    (state / TUNABLES).write_text(others[0].read_text() if others else json.dumps(host.tunables()))
+
+
+def _restore_tunables(state: Path) -> None:
+    """Put back what the kubelets changed, unless those of another lab still want it so."""
+    with contextlib.suppress(OSError, ValueError):
+        if not _tunables_of_others(state):
+            host.restore_tunables(json.loads((state / TUNABLES).read_text()))
+        (state / TUNABLES).unlink()
 
 
 def _keep_logs(state: Path) -> None:

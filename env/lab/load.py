@@ -15,7 +15,7 @@ from kubernetes.stream import stream
 from urllib3.exceptions import HTTPError
 
 from lab import checks
-from lab.errors import Unhealthy
+from lab.errors import LabError, Unhealthy
 from lab.images import UNPRIVILEGED
 
 SETTLED = 0.7
@@ -40,6 +40,12 @@ class Load:
     """
 
     def __init__(self, namespace: str, image: str, url: str, *, period: float, limit: float, timeout: float, keep_alive: str) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise LabError(f"{url!r} is not an address to send requests to.", 'Write it as a Pod sees it, e.g. "http://shop/".')
+        if period <= 0:
+            raise LabError(f"A load cannot have a period of {period} s.", "Write the seconds from one request to the next.")
+        if keep_alive not in ("none", "all", "half"):
+            raise LabError(f"keep_alive={keep_alive!r} is not understood.", 'Write "none", "all" or "half".')
         self._namespace, self._image = namespace, image
         self._name = f"client-{secrets.token_hex(3)}"
         self._arguments = [url, f"--period={period}", f"--seconds={limit}", f"--timeout={timeout}", f"--keep-alive={keep_alive}"]

@@ -1,7 +1,7 @@
 """The lab's network: one bridge in a namespace of its own, a cable to each machine, and one to the host.
 
 The host sees a single interface with one small subnet. The bridge is not on the host, so a firewall there
-that filters bridged frames (Docker's, for one) has no say in it, and nothing is forwarded to the outside.
+that filters bridged frames (Docker's, for one) has no say in it, and nothing is forwarded to the outside or from there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ PREFIX = f"bx{settings.INSTANCE}-"
 HOST_LINK = f"bx{settings.INSTANCE or 0}"
 SWITCH = PREFIX + "switch"
 NAMESPACES = Path("/run/netns")
+FIREWALL = f"inet {settings.FULL_NAME}"
+"""The host's nftables table that keeps strangers from the lab's addresses."""
 
 
 def address(subnet: str, host: int) -> str:
@@ -67,6 +69,29 @@ def _batch(lines: list[str], inside: str | None = None) -> None:
         )
 
 
+def _shut(subnet: str) -> None:
+    """Let nobody but the host itself and the lab's machines reach the lab's addresses.
+
+    Linux answers for an address of its own on every link, so that a neighbour (another machine, a container) who routes the
+    subnet to this host would reach the brokers' listener for Pods, which asks for no password.
+    """
+    rules = f"""table {FIREWALL} {{
+        chain input {{
+            type filter hook input priority filter; policy accept;
+            iifname != {{ "lo", "{HOST_LINK}" }} ip daddr {subnet} drop
+        }}
+        chain forward {{
+            type filter hook forward priority filter; policy accept;
+            iifname != "{HOST_LINK}" oifname "{HOST_LINK}" drop
+        }}
+    }}"""
+    done = subprocess.run(["nft", "-f", "-"], input=rules, capture_output=True, text=True)
+    if done.returncode:
+        raise MissingPrerequisite(
+            f"The kernel refused the lab's firewall: {done.stderr.strip().splitlines()[0].rstrip('.')}.", "The lab needs nftables."
+        )
+
+
 def up(subnet: str, machines: dict[str, str], pod_subnets: dict[str, str]) -> None:
     """Make the bridge, the host's cable, each machine's namespace and cable, and the host's route to LoadBalancer addresses: any node.
 
@@ -79,6 +104,7 @@ def up(subnet: str, machines: dict[str, str], pod_subnets: dict[str, str]) -> No
         MissingPrerequisite: The kernel lacks a feature.
     """
     length = ipaddress.ip_network(subnet).prefixlen
+    _shut(subnet)
     _batch(
         [
             f"netns add {SWITCH}",
@@ -115,7 +141,7 @@ def up(subnet: str, machines: dict[str, str], pod_subnets: dict[str, str]) -> No
 
 
 def down() -> None:
-    """Remove every namespace and link of the lab, whoever made them. Does nothing where there are none."""
+    """Remove every namespace, link and rule of the lab, whoever made them. Does nothing where there are none."""
     names = sorted(path.name for path in NAMESPACES.glob(PREFIX + "*")) if NAMESPACES.is_dir() else []
     for name in names:
         subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
@@ -124,3 +150,4 @@ def down() -> None:
         with contextlib.suppress(OSError):
             NAMESPACES.rmdir()
     subprocess.run(["ip", "link", "delete", HOST_LINK], capture_output=True, check=False)
+    subprocess.run(["nft", "delete", "table", *FIREWALL.split()], capture_output=True, check=False)

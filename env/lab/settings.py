@@ -95,7 +95,7 @@ def own() -> Own:
     servers = [server.strip() for server in os.environ.get("LAB_BROKERS", "").split(",") if server.strip()]
     for server in servers:
         host, _, port = server.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
             raise LabError(f"LAB_BROKERS: {server!r} is not a bootstrap server.", "Write LAB_BROKERS=host:port,host:port.")
     return Own(context, ",".join(servers))
 
@@ -139,7 +139,10 @@ def find() -> Lab | None:
     """The lab of this machine that this user can reach, or None: the system's first, then the user's own."""
     for place in (SYSTEM_STATE, user_state()):
         try:
-            return Lab(**json.loads((place / "lab.json").read_text()))
+            lab = Lab(**json.loads((place / "lab.json").read_text()))
+            told = (lab.checkout, lab.state, lab.cache, lab.subnet, lab.kubeconfig, lab.bootstrap, lab.bootstrap_pods, *lab.nodes)
         except (OSError, ValueError, TypeError):
             continue
+        if all(isinstance(one, str) for one in told):
+            return lab
     return None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -25,6 +26,12 @@ VERSIONS = {"containerd": settings.CONTAINERD} | dict.fromkeys(
 
 API_SECONDS = 3
 """How long `lab status` waits for an API server that is there and says nothing."""
+
+
+DISKS = {"etcd": "var/lib/etcd", "containerd": "var/lib/containerd"}
+"""Where on its machine a component keeps what grows."""
+SPARE = 8 << 20
+"""Bytes below which a disk is called full: etcd and Kafka write megabytes at a time."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,53 @@ def collect() -> list[Row]:
         named = {child.name()[:15]: child for child in children}
         within = {told["name"]: named.get(told["name"][:15]) for told in machine.supervisor.processes()}
         rows += _rows(f"{machine.name}/", machine.supervisor, addresses, versions, {name: child for name, child in within.items() if child})
-    return rows + (_addons(lab) if lab.kubeconfig else [])
+    rows = _with_full_disks(state, rows)
+    return [*_as_the_cluster_sees_them(lab, rows), *_addons(lab)] if lab.kubeconfig else rows
+
+
+def _with_full_disks(state: Path, rows: list[Row]) -> list[Row]:
+    """The rows, those that keep something on a disk without space with that as their state, whether they still run or not."""
+
+    def told(row: Row) -> str:
+        machine, _, program = row.name.rpartition("/")
+        try:
+            if program in DISKS:
+                place = Path(f"/proc/{lifecycle.init_pid(state, machine)}/root") / DISKS[program]
+            elif program.startswith("broker-"):
+                place = state / program / "data"
+            else:
+                return ""
+            disk = os.statvfs(place)
+        except (OSError, NotRunning):
+            return ""
+        where = f"/{DISKS[program]} of {machine}" if machine else place
+        free = disk.f_bavail * disk.f_frsize
+        return f"its disk is full: {free >> 20} MB free at {where}" if free < SPARE else ""
+
+    return [replace(row, state=full) if (full := told(row)) else row for row in rows]
+
+
+def _as_the_cluster_sees_them(lab: settings.Lab, rows: list[Row]) -> list[Row]:
+    """The rows, those of machines that run with what the API server says of them: not Ready, short of memory or disk, or nothing at all."""
+    try:
+        told = cluster.kubectl(lab.kubeconfig, "get", "--raw=/api/v1/nodes", f"--request-timeout={API_SECONDS}s", timeout=10)
+        if told.returncode:
+            seen = {cluster.CONTROL_PLANE: "runs, but its API server does not answer"}
+        else:
+            seen = {node["metadata"]["name"]: _ailing(node) for node in json.loads(told.stdout)["items"]}
+    except (subprocess.TimeoutExpired, OSError):
+        seen = {cluster.CONTROL_PLANE: "runs, but its API server does not answer"}
+    return [replace(row, state=seen[row.name]) if row.state == "running" and seen.get(row.name) else row for row in rows]
+
+
+def _ailing(node: dict) -> str:
+    """The first condition of a node that is not as it should be."""
+    for condition in node["status"].get("conditions", []):
+        if condition["type"] == "Ready" and condition["status"] != "True":
+            return f"not Ready: {condition.get('message') or condition.get('reason', '')}".rstrip(".")
+        if condition["type"].endswith("Pressure") and condition["status"] == "True":
+            return f"{condition['type']}: {condition.get('message', '')}".rstrip(".")
+    return ""
 
 
 def pods(lab: settings.Lab) -> list[dict]:
@@ -217,7 +270,7 @@ def show(rows: list[Row], console: Console) -> None:
     """Print the rows as a table."""
     table = Table(box=None, pad_edge=False)
     for heading in ("component", "state", "version", "age", "memory", "address"):
-        table.add_column(heading, justify="right" if heading in ("age", "memory") else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if heading in ("age", "memory") else "left", no_wrap=heading != "state")
     for row in rows:
         table.add_row(
             row.name,

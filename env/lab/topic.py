@@ -18,6 +18,7 @@ from kubernetes import client, config
 from lab import access, images, settings
 from lab import addons as provided
 from lab.embedded import Brokers, ControlPlane, Nodes
+from lab.ensemble import Ensemble
 from lab.errors import LabError, NotRunning
 from lab.load import Load
 from lab.registry import Registry
@@ -44,6 +45,7 @@ class Topic:
         bootstrap_pods: The same as a Pod sees them; empty where Pods cannot reach them.
         embedded: Whether everything it runs on is the lab's own.
         registry: The OCI registry of its own that it has started, if any.
+        ensemble: The ZooKeeper servers and brokers of its own that it has started, if any.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Topic:
     bootstrap_pods: list[str] = field(default_factory=list)
     embedded: bool = True
     registry: Registry | None = None
+    ensemble: Ensemble | None = None
 
     @property
     def brokers(self) -> Brokers:
@@ -83,16 +86,22 @@ class Topic:
             timeout: Seconds after which a request has failed.
             keep_alive: "none" opens a connection per request, "all" reuses those that rest, "half" alternates.
         """
+        self._need_cluster()
         return Load(self.namespace, self.image("client:v1"), url, period=period, limit=limit, timeout=timeout, keep_alive=keep_alive)
 
     def watch(self) -> Watch:
         """Record every change of the namespace's Pods and EndpointSlices until the block ends."""
+        self._need_cluster()
         return Watch(self.namespace)
 
+    def _need_cluster(self) -> None:
+        if not self.namespace:
+            raise NotRunning("This lesson was started without a cluster.", f"Write lab.start({self.name!r}, cluster=True).")
+
     def clean_up(self) -> None:
-        """Delete the namespace and the topics, end the registry, and say so."""
-        if self.registry:
-            self.registry.end()
+        """Delete the namespace and the topics, end what it has started, and say so."""
+        for own in filter(None, (self.registry, self.ensemble)):
+            own.end()
         if self.namespace:
             client.CoreV1Api().delete_namespace(self.namespace)
         if self.bootstrap:
@@ -112,8 +121,11 @@ def start(name: str, *, cluster: bool = False, brokers: bool = False, addons: Se
     Raises:
         LabError: What it needs is not there.
     """
-    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
         raise LabError(f"{name!r} cannot name a lesson.", "Use lower-case letters, digits and hyphens, at most 40.")
+    if isinstance(addons, str):
+        raise LabError(f"addons={addons!r} is not a list.", f"Write addons=[{addons!r}].")
+    provided.named(addons)
     own = settings.own()
     lab = settings.find()
     os.environ.update(found := access.variables(cluster=cluster, brokers=brokers))
@@ -132,9 +144,10 @@ def start(name: str, *, cluster: bool = False, brokers: bool = False, addons: Se
     if cluster:
         config.load_kube_config(found["KUBECONFIG"])
         namespace = f"{name}-{suffix}"
-        if addons:
-            provided.up(Report(quiet=all(one.prepared for one in provided.named(addons))), addons)
-            os.environ.update(access.variables(cluster=cluster, brokers=brokers))
+    if addons:
+        provided.up(Report(quiet=all(one.prepared for one in provided.named(addons))), addons)
+        os.environ.update(access.variables(cluster=cluster, brokers=brokers))
+    if cluster:
         runs_on.append(_fresh_namespace(name, namespace))
     bootstrap, for_pods = [], []
     if brokers:
@@ -144,7 +157,8 @@ def start(name: str, *, cluster: bool = False, brokers: bool = False, addons: Se
     use_pipes()
     print(f"Runs on {' and '.join(runs_on)}.")
     registry = Registry.start() if "helm" in addons else None
-    return Topic(name, namespace, f"{name}-{suffix}-", bootstrap, for_pods, not (own.cluster or own.brokers), registry)
+    ensemble = Ensemble.up() if "zookeeper" in addons else None
+    return Topic(name, namespace, f"{name}-{suffix}-", bootstrap, for_pods, not (own.cluster or own.brokers), registry, ensemble)
 
 
 def _fresh_namespace(name: str, namespace: str) -> str:

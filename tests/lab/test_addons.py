@@ -18,8 +18,8 @@ import grpc
 import pytest
 import yaml
 
-from .conftest import STATE, Lab
-from .conftest import until as wait_until
+from ..conftest import STATE, Lab
+from ..conftest import until as wait_until
 
 PATIENCE = 90
 until = functools.partial(wait_until, limit=PATIENCE, every=0.3)

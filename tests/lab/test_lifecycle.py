@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lab import host, lifecycle
+from lab import lifecycle
 
-from .conftest import STATE, Lab, traces
+from ..conftest import INSTANCE, PORT, STATE, Lab, changed, machine, traces
 
 MOMENTS = ("", "Write certificates", "Lay the network", "The API server answers", "Ready")
 """The line of `lab up` after which it is ended; the first is at once."""
@@ -44,12 +44,13 @@ def power_cut() -> None:
 
 def test_down_leaves_nothing_behind(lab: Lab) -> None:
     lab.well("down", "--force")
-    tunables = host.tunables()
+    before = machine()
     lab.well("up")
     assert len(traces()) > 10
+    assert {"links", "routes", "cgroups"} <= {line.partition(":")[0] for line in changed(before)}
     lab.well("down")
     assert traces() == []
-    assert host.tunables() == tunables
+    assert changed(before, patience=20) == []
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL])
@@ -110,9 +111,9 @@ def test_a_dead_lab_of_another_checkout_is_cleaned_away(lab: Lab, tmp_path: Path
 
 def test_a_port_in_use_is_named_and_nothing_is_begun(lab: Lab) -> None:
     lab.well("down", "--force")
-    with socket.create_server(("127.0.0.1", 28092)):
+    with socket.create_server(("127.0.0.1", PORT)):
         said = lab.fails("up")
-    assert f"28092 by python (pid {os.getpid()})" in said or "28092 by pytest" in said, said
+    assert f"{PORT} by python (pid {os.getpid()})" in said or f"{PORT} by pytest" in said, said
     assert traces() == []
 
 
@@ -144,7 +145,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(lab: Lab) -> None:
 def without_network(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run shell lines, in which `lab` is the command, where there is a loopback and nothing else."""
     inside = f'lab() {{ "{sys.executable}" -m lab "$@"; }}; ip link set lo up; {script}'
-    own = {"LAB_INSTANCE": "9"} | environment
+    own = {"LAB_INSTANCE": INSTANCE} | environment
     return subprocess.run(["unshare", "--net", "sh", "-ec", inside], env=os.environ | own, capture_output=True, text=True, timeout=300)
 
 

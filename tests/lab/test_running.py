@@ -6,20 +6,15 @@ import functools
 import json
 import os
 import signal
-import socket
-import ssl
-import stat
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
 
-from .conftest import STATE, Lab
-from .conftest import until as wait_until
+from ..conftest import STATE, Lab
+from ..conftest import until as wait_until
 
 COMPONENTS = {
     "control-plane": ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"),
@@ -78,52 +73,6 @@ def test_names_resolve_and_brokers_answer_inside_a_pod(up: Lab) -> None:
         f"socket.create_connection(('{host}', {port}), 5); print('connected')"
     )
     assert in_a_pod(up, "resolve", program).split() == ["10.96.0.1", "connected"]
-
-
-def test_nothing_listens_beyond_loopback_and_the_bridge(up: Lab) -> None:
-    from lab import lifecycle
-
-    pids = {process.pid for process in lifecycle.processes(STATE)}
-    bridge = told()["bootstrap_pods"].split(":")[0]
-    listening = {one.laddr.ip for one in psutil.net_connections("tcp") if one.pid in pids and one.status == psutil.CONN_LISTEN}
-    assert listening
-    assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", bridge, f"::ffff:{bridge}"}
-
-
-@pytest.mark.parametrize(
-    ("path", "address"), [("/api/v1/secrets", "https://{cp}:6443"), ("/pods", "https://{node}:10250"), ("/metrics", "https://{node}:10250")]
-)
-def test_nobody_gets_in_without_a_certificate(up: Lab, path: str, address: str) -> None:
-    rows = up.rows()
-    url = address.format(cp=rows["control-plane"]["address"], node=rows["node-1"]["address"]) + path
-    context = ssl.create_default_context(cafile=str(STATE / "admin" / "ca.crt"))
-    context.check_hostname = False
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(url, context=context, timeout=10)
-    assert refused.value.code == 401
-
-
-def test_etcd_answers_nobody_without_a_certificate(up: Lab) -> None:
-    address = up.rows()["control-plane"]["address"]
-    with pytest.raises(OSError, match="refused"):
-        socket.create_connection((address, 2380), timeout=5)
-    context = ssl.create_default_context(cafile=str(STATE / "etcd.pem"))
-    with socket.create_connection((address, 2379), timeout=5) as plain, context.wrap_socket(plain, server_hostname=address) as secure:
-        secure.sendall(b"GET /version HTTP/1.1\r\nHost: etcd\r\nConnection: close\r\n\r\n")
-        with pytest.raises(ssl.SSLError, match=r"(?i)certificate.required"):
-            secure.recv(1)
-
-
-def test_keys_are_readable_by_their_owner_only(up: Lab) -> None:
-    secret = [
-        path
-        for pattern in ("**/*.key", "**/*.conf", "kubeconfig", "etcd.pem", "control-plane/etc/kubernetes/encryption.yaml")
-        for path in STATE.glob(pattern)
-        if any(mark in path.read_bytes() for mark in (b"PRIVATE KEY", b"client-key-data", b"EncryptionConfiguration"))
-    ]
-    assert {"etcd.pem", "encryption.yaml"} <= {path.name for path in secret}
-    assert len(secret) > 8
-    assert {stat.S_IMODE(path.stat().st_mode) for path in secret} == {0o600}
 
 
 def test_a_component_that_dies_is_restarted(up: Lab) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FEW = {"uv", "hatchling", "editables", "packaging", "pathspec", "pluggy", "trove-classifiers"}
-"""Enough to install the lab itself."""
+FEW = {"uv", "deno", "hatchling", "editables", "packaging", "pathspec", "pluggy", "trove-classifiers"}
+"""Enough to install the lab itself and the JavaScript packages."""
 
 
 def run(checkout: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -35,8 +35,9 @@ def succeed(checkout: Path, **variables: str) -> str:
 def checkout(tmp_path: Path) -> Path:
     """A checkout with few requirements, in a folder whose name is hard on shell scripts."""
     place = tmp_path / "Büch er's"
-    (place / "env/lab").mkdir(parents=True)
-    for name in ("env/setup.sh", "env/pyproject.toml", "env/lab/__init__.py"):
+    for folder in ("env/lab", "env/javascript"):
+        (place / folder).mkdir(parents=True)
+    for name in ("env/setup.sh", "env/pyproject.toml", "env/lab/__init__.py", "env/javascript/deno.json", "env/javascript/deno.lock"):
         shutil.copy(ROOT / name, place / name)
     entries = re.findall(r"^[^\s#].*\n(?:[ \t].*\n)*", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     chosen = [entry for entry in entries if entry.split("==")[0] in FEW]

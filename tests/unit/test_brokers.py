@@ -50,18 +50,18 @@ def test_without_a_network_one_clear_error_and_nothing_half_made(monkeypatch, tm
 
 
 def test_a_changed_jar_is_not_run(monkeypatch, tmp_path):
-    shutil.copytree(brokers._home(), tmp_path / brokers._home().name)
+    shutil.copytree(brokers.JARS.home, tmp_path / brokers.JARS.home.name)
     monkeypatch.setenv("LAB_CACHE", str(tmp_path))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     brokers.prepare()
-    jar = next((tmp_path / brokers._home().name / "jars").rglob("kafka-raft-*.jar"))
+    jar = next((tmp_path / brokers.JARS.home.name / "jars").rglob("kafka-raft-*.jar"))
     jar.write_bytes(jar.read_bytes() + b"x")
     with pytest.raises(BuildFailed):
         brokers.prepare()
 
 
 def test_brokers_start_without_the_aot_cache_too(monkeypatch, tmp_path):
-    shutil.copytree(brokers._home(), tmp_path / brokers._home().name, ignore=shutil.ignore_patterns("*.aot"))
+    shutil.copytree(brokers.JARS.home, tmp_path / brokers.JARS.home.name, ignore=shutil.ignore_patterns("*.aot"))
     monkeypatch.setenv("LAB_CACHE", str(tmp_path))
     brokers._aot_cache().touch()
     brokers.prepare()
