@@ -1,5 +1,5 @@
 # `make` prints what there is to do. Recipes name relative paths only: make cannot hold a path with a space in it.
-.PHONY: able help setup lab book site notebooks test lint links bench requirements clean
+.PHONY: able help setup lab book site notebooks test faults soak conformance lint links audit bench requirements clean
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH PYTHONHOME
@@ -41,6 +41,17 @@ test: setup ## Run every test that can run here; the lab is started and stopped 
 	@$(bin)/lab build
 	@$(bin)/pytest
 
+faults: setup ## Break the lab in every way, and see it get well and leave nothing behind (15 minutes)
+	@$(bin)/lab build
+	@$(bin)/pytest tests/faults -m "slow or not slow"
+
+soak: setup ## Run every notebook N times against its stored outputs (N=10; BUSY=1 keeps a processor busy)
+	@$(bin)/lab build
+	@$(bin)/python tests/soak.py --rounds $(or $(N),10) --busy $(or $(BUSY),0) $(ONLY)
+
+conformance: setup ## Run Kubernetes' own tests of what the book teaches against the cluster (FOCUS=… for a part)
+	@$(bin)/python tests/conformance/run.py
+
 lint: setup ## Check code, notebooks, spelling and the site's links
 	@$(bin)/pytest tests/lint tests/site/test_links.py
 
@@ -49,6 +60,9 @@ bench: setup ## Measure starting, stopping and idling the lab
 
 links: setup ## Check the links to other sites (needs the internet)
 	@$(bin)/python -m lab.book build --stored --builder linkcheck
+
+audit: setup ## Look for known vulnerabilities in everything that is pinned (needs the internet)
+	@$(bin)/python tests/audit.py
 
 requirements: setup ## Write requirements.txt from requirements.in
 	@$(bin)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 \
