@@ -18,6 +18,8 @@ from lab.errors import BuildFailed
 from lab.report import Report
 
 TOOLCHAIN = settings.ENV / "go.txt"
+RECORD = "built.json"
+"""Beside the programs: what they are, which Go built them, and the size of each in bytes."""
 
 
 def key_of(parts: Iterable[bytes]) -> str:
@@ -66,8 +68,12 @@ class Module:
 
     @property
     def built(self) -> bool:
-        """Whether they are there, whole."""
-        return self.folder.is_dir()
+        """Whether they are there, each as long as it was when it was built: a power cut or a copy that broke off may have cut it short."""
+        try:
+            sizes = json.loads((self.folder / RECORD).read_text())["sizes"]
+            return {name: (self.folder / name).stat().st_size for name in sizes} == sizes
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
 
 CLUSTER = Module(
@@ -234,7 +240,9 @@ def _build(report: Report, module: Module, toolchain: Path, scratch: Path) -> No
             _keep(
                 Path(run("list", "-m", "-f", "{{.Dir}}", theirs.partition(":")[0]).stdout.read().strip()), theirs, draft / "upstream" / ours
             )
-        (draft / "built.json").write_text(json.dumps({"built": module.title, "go": str(toolchain)}))
+        sizes = {path.name: path.stat().st_size for path in draft.iterdir() if path.is_file()}
+        (draft / RECORD).write_text(json.dumps({"built": module.title, "go": str(toolchain), "sizes": sizes}))
+        shutil.rmtree(module.folder, ignore_errors=True)
         draft.replace(module.folder)
 
 

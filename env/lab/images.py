@@ -32,6 +32,8 @@ from lab.report import Report
 SOURCES = settings.ENV / "images"
 REPOSITORY = "localhost/by-experiment"
 PACKAGES = "app/packages"
+INTERPRETER = (sys.version.encode(), platform.machine().encode())
+"""What the Python in the images is: a cache may be shared with a machine of another kind."""
 UNPRIVILEGED = "65532:65532"
 LEFT_OUT = {
     "test",
@@ -220,7 +222,7 @@ def demo_archive(report: Report) -> Path:
     files = sorted(path for path in SOURCES.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     key = binaries.key_of(
         [
-            sys.version.encode(),
+            *INTERPRETER,
             Path(__file__).read_bytes(),
             *(part for path in files for part in (str(path.relative_to(SOURCES)).encode(), path.read_bytes())),
             *(f"{name} {version(name)}".encode() for _, told in _sources() for name in told.get("packages", ())),
@@ -229,7 +231,7 @@ def demo_archive(report: Report) -> Path:
     target = settings.cache() / f"images-{key}.tar"
 
     def write() -> None:
-        base = settings.cache() / f"python-{binaries.key_of([sys.version.encode(), Path(__file__).read_bytes()])}.tar.gz"
+        base = settings.cache() / f"python-{binaries.key_of([*INTERPRETER, Path(__file__).read_bytes()])}.tar.gz"
         if not base.exists():
             base.with_suffix(".new").write_bytes(gzip.compress(_python(), 1, mtime=0))
             base.with_suffix(".new").replace(base)

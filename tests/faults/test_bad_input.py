@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from lab import settings
 from lab.embedded import Brokers, ControlPlane, Nodes
 from lab.errors import LabError
 from lab.topic import Topic
+
+from ..conftest import Lab, traces
 
 INSTANCE = "8"
 NOBODY = ("unshare", "--user", "--map-user=1000", "--map-group=1000")
@@ -213,3 +217,56 @@ def test_a_call_that_is_wrong(nowhere: Path, says: str, call: Callable[[], objec
     with pytest.raises(LabError) as told:
         call()
     assert says in str(told.value)
+
+
+@pytest.fixture
+def other_cache(lab: Lab) -> Iterator[Path]:
+    """A cache like the lab's, each file linked: what is to be changed must be replaced by a copy."""
+    lab.well("down", "--force")
+    before = settings.cache()
+    with tempfile.TemporaryDirectory(prefix="lab-", dir=before.parent) as scratch:
+        place = Path(scratch, "cache")
+        subprocess.run(["cp", "-al", before, place], check=True)
+        yield place
+        lab("down", "--force", LAB_CACHE=str(place))
+    assert traces() == []
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Give a file of the other cache another content; the lab's own keeps what it has."""
+    path.unlink()
+    path.write_bytes(content)
+    path.chmod(0o755)
+
+
+def test_an_archive_of_images_that_broke_off(lab: Lab, other_cache: Path) -> None:
+    (archive,) = other_cache.glob("images-*.tar")
+    replace(archive, archive.read_bytes()[: 3 << 20])
+    for store in other_cache.glob("store-*"):
+        shutil.rmtree(store)
+    assert "containerd did not take the images" in lab.fails("up", "--no-brokers", LAB_CACHE=str(other_cache))
+
+
+def test_a_jar_that_broke_off_is_fetched_again(lab: Lab, other_cache: Path) -> None:
+    jar = next(other_cache.glob("kafka-*/jars/**/kafka-raft-*.jar"))
+    whole = jar.read_bytes()
+    replace(jar, whole[:100])
+    lab.well("up", "--no-cluster", LAB_CACHE=str(other_cache))
+    assert next(other_cache.glob("kafka-*/jars/**/kafka-raft-*.jar")).read_bytes() == whole
+
+
+def test_what_a_download_left_half_done_is_no_obstacle(lab: Lab, other_cache: Path) -> None:
+    for name in ("kafka", "cluster", "images", "store"):
+        draft = other_cache / f"{name}-0123456789ab.new"
+        draft.mkdir()
+        (draft / "half").write_bytes(b"PK")
+    lab.well("up", LAB_CACHE=str(other_cache))
+
+
+def test_a_program_of_another_processor_is_named(lab: Lab, other_cache: Path) -> None:
+    (kubectl,) = other_cache.glob("cluster-*/kubectl")
+    content = kubectl.read_bytes()
+    replace(kubectl, content[:18] + b"\xf3\x00" + content[20:])  # e_machine: EM_RISCV
+    said = lab.fails("up", "--no-brokers", LAB_CACHE=str(other_cache))
+    assert str(kubectl) in said
+    assert "Exec format error" in said

@@ -6,12 +6,14 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from ..conftest import STATE, Lab
 from ..conftest import until as wait_until
@@ -153,7 +155,39 @@ def test_a_second_checkout_is_told_who_holds_the_lab(up: Lab, tmp_path: Path) ->
         ({"LAB_CLUSTER": "context:lab", "LAB_IMAGES": "localhost/nowhere"}, "does not have the image localhost/nowhere/client:v1"),
         ({"LAB_BROKERS": "nonsense"}, "'nonsense' is not a bootstrap server"),
         ({"LAB_BROKERS": "127.0.0.1:1"}, "No broker answers at 127.0.0.1:1"),
+        ({"LAB_BROKERS": "nowhere.invalid:9092"}, "No broker answers at nowhere.invalid:9092"),
     ],
 )
 def test_what_is_brought_along_is_checked(up: Lab, environment: dict[str, str], says: str) -> None:
     assert says in up.fails("up", **({"KUBECONFIG": told()["kubeconfig"]} | environment))
+
+
+def test_brokers_that_take_the_call_and_say_nothing(up: Lab) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert f"No broker answers at {address}" in up.fails("up", "--no-cluster", LAB_BROKERS=address)
+
+
+def test_a_context_without_the_rights_is_told_which(up: Lab, tmp_path: Path) -> None:
+    kubeconfig = yaml.safe_load(Path(told()["kubeconfig"]).read_text())
+    kubeconfig["users"][0]["user"] = {"token": up.kubectl("create", "token", "default", "--duration=10m").strip()}
+    visitor = tmp_path / "visitor's kubeconfig"
+    visitor.write_text(yaml.safe_dump(kubeconfig))
+    said = up.fails("up", LAB_CLUSTER="context:lab", KUBECONFIG=str(visitor))
+    assert "In the cluster of context 'lab' you may not create namespaces. Ask its administrator for that right." in said
+
+
+def test_a_token_that_nobody_gave_is_refused(up: Lab, tmp_path: Path) -> None:
+    kubeconfig = yaml.safe_load(Path(told()["kubeconfig"]).read_text())
+    kubeconfig["users"][0]["user"] = {"token": "nobody-gave-this"}
+    stranger = tmp_path / "kubeconfig"
+    stranger.write_text(yaml.safe_dump(kubeconfig))
+    assert "The cluster of context 'lab' refused: 401" in up.fails("up", LAB_CLUSTER="context:lab", KUBECONFIG=str(stranger))
+
+
+def test_a_cluster_older_than_the_lessons_need(up: Lab) -> None:
+    program = "from lab import byo, cli; byo.OLDEST = (1, 99); cli.main(['up'], prog_name='lab')"
+    own = up.environment | {"LAB_CLUSTER": "context:lab", "KUBECONFIG": told()["kubeconfig"]}
+    done = subprocess.run([sys.executable, "-c", program], env=own, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "lab: The cluster of context 'lab' is Kubernetes v1.37.2. The lessons need 1.99 or later.\n"

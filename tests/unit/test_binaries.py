@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -44,3 +45,26 @@ def test_other_pins_are_other_binaries(tmp_path: Path) -> None:
     for name in ("go.mod", "go.sum"):
         (tmp_path / name).write_bytes((binaries.CLUSTER.source / name).read_bytes() + b"\n")
     assert replace(binaries.CLUSTER, source=tmp_path).key != binaries.CLUSTER.key
+
+
+@pytest.mark.parametrize("what", ["cut short", "gone", "of another time"])
+def test_programs_that_are_not_whole_are_built_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str) -> None:
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path))
+    folder = binaries.CLUSTER.folder
+    folder.mkdir()
+    (folder / "kubectl").write_bytes(b"\x7fELF whole")
+    (folder / "built.json").write_text(json.dumps({"sizes": {"kubectl": 10}}))
+    assert binaries.CLUSTER.built
+    if what == "cut short":
+        (folder / "kubectl").write_bytes(b"\x7fELF")
+    elif what == "gone":
+        (folder / "kubectl").unlink()
+    else:
+        (folder / "built.json").write_text("{}")
+    assert not binaries.CLUSTER.built
+
+
+def test_another_processor_has_binaries_and_images_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = binaries.CLUSTER.key
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "host", "7", "#1", "riscv64")))
+    assert binaries.CLUSTER.key != key
