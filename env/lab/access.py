@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lab import settings
+from lab import addons, settings
 from lab.errors import NotRunning
 
 START = "Start the lab with `lab up` (or `make lab`, which opens JupyterLab too)."
@@ -40,8 +40,6 @@ def variables(*, cluster: bool = True, brokers: bool = True) -> dict[str, str]:
         found["BOOTSTRAP"] = lab.bootstrap
     if not found:
         raise NotRunning("No lab is up.", START)
-    from lab import addons
-
     built = addons.programs()
     if lab and lab.kubeconfig and (folder := _binaries(Path(lab.cache))):
         found["KUBECACHEDIR"] = str(settings.cache() / "kubectl")

@@ -11,7 +11,7 @@ from kubernetes import client, config
 from rich.console import Console
 from rich.table import Table
 
-from lab import addons, images, lifecycle, settings
+from lab import addons, images, lifecycle, provision, settings
 from lab.errors import Occupied
 from lab.report import Report
 
@@ -79,7 +79,7 @@ def run(runs: int, console: Console) -> None:
     note("memory, cluster and three brokers idle", _unshared_bytes() / 1e9)
     for name in (name for name, one in addons.every().items() if one.in_cluster):
         before, began = _unshared_bytes(), time.time()
-        addons.up(silent, [name])
+        provision.up(silent, [name])
         note(f"lab addon {name}", time.time() - began)
         time.sleep(5)
         note(f"memory that {name} adds", (_unshared_bytes() - before) / 1e9)

@@ -217,11 +217,11 @@ def build() -> None:
 @click.argument("names", nargs=-1)
 def addon(names: tuple[str, ...]) -> None:
     """Bring up what one lesson needs and others do not; without NAMES, list what there is."""
-    from lab import addons
+    from lab import addons, provision
 
     if not names:
         lab = settings.find()
-        running = addons.applied(lab) if lab and lab.kubeconfig and not settings.own().cluster else {}
+        running = provision.applied(lab) if lab and lab.kubeconfig and not settings.own().cluster else {}
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, one in addons.every().items():
             table.add_row("✓" if name in running else " ", name, f"{one.told['about']}\n[dim]{one.told['title']}[/dim]")
@@ -230,11 +230,11 @@ def addon(names: tuple[str, ...]) -> None:
     addons.named(names)
     if not settings.own().cluster and _root_lab():
         if not os.geteuid():
-            addons.up(Report(), names)
+            provision.up(Report(), names)
             return
         addons.prepare(Report(), addons.named(names))
         _as_root()
-    addons.up(Report(), names)
+    provision.up(Report(), names)
 
 
 @main.group(cls=Command)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from kubernetes import client, config
 
-from lab import access, images, settings
+from lab import access, images, provision, settings
 from lab import addons as provided
 from lab.embedded import Brokers, ControlPlane, Nodes
 from lab.ensemble import Ensemble
@@ -145,7 +145,7 @@ def start(name: str, *, cluster: bool = False, brokers: bool = False, addons: Se
         config.load_kube_config(found["KUBECONFIG"])
         namespace = f"{name}-{suffix}"
     if addons:
-        provided.up(Report(quiet=all(one.prepared for one in provided.named(addons))), addons)
+        provision.up(Report(quiet=all(one.prepared for one in provided.named(addons))), addons)
         os.environ.update(access.variables(cluster=cluster, brokers=brokers))
     if cluster:
         runs_on.append(_fresh_namespace(name, namespace))
