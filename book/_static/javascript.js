@@ -282,7 +282,7 @@
 
   for (const cell of all)
     if (!runnable.includes(cell)) {
-      const note = "This cell needs Deno, which starts a program and measures its memory: here you see the stored output.";
+      const note = "This cell needs Deno, which may read files and start programs: here you see the stored output.";
       cell.append(element("p", { className: "js-note" }, note));
     }
   const key = (name) => element("kbd", { textContent: name });
