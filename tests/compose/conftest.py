@@ -88,9 +88,12 @@ START = """
 set -e
 mount --make-rprivate /
 mount -t overlay overlay -o "lowerdir=$1/usr:/usr" /usr
+[ ! -d /run/containerd ] || mount -t tmpfs tmpfs /run/containerd
 ip link set lo up
-exec dockerd --data-root="$2/data" --exec-root="$2/exec" --pidfile="$2/pid" --host="unix://$2/docker.sock" --cgroup-parent="$3"
+exec dockerd --data-root="$2/data" --exec-root="$2/exec" --pidfile="$2/pid" --host="unix://$2/docker.sock" \
+    --cgroup-parent="$3" --exec-opt=native.cgroupdriver=cgroupfs
 """
+"""It hides the machine's own containerd, which Docker's engine would use, and asks systemd, where there is one, for nothing."""
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +124,7 @@ def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Docker]:
             psutil.wait_procs(children, timeout=30)
         process.kill()
         process.wait()
-        for left in Path("/sys/fs/cgroup").glob(f"*/{CGROUP}"):
+        cgroups = Path("/sys/fs/cgroup")
+        for left in (*cgroups.glob(CGROUP), *cgroups.glob(f"*/{CGROUP}")):  # Of version 2, and of version 1.
             left.rmdir()
         shutil.rmtree(folder, ignore_errors=True)
