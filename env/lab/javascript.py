@@ -3,8 +3,9 @@
 Deno 2.9 sends what a cell prints, and its last value, beside the message that the cell is done, and now and then after it
 (1 in 8 values on a busy machine). Whoever executes a notebook then misses an output. So this stands between Jupyter and
 Deno: when a cell is done it runs one more that prints a mark and has it as its value, and passes "done" on when both marks
-have come. Outputs overtake neither mark: each kind is sent in order. And of a cell that it cannot parse, Deno tells nobody
-but the client that asked: the error is published here. https://jupyter-client.readthedocs.io/en/stable/messaging.html
+have come. Outputs overtake neither mark: each kind is sent in order, though a late one may name the mark's cell as its own.
+And of a cell that it cannot parse, Deno tells nobody but the client that asked: the error is published here.
+https://jupyter-client.readthedocs.io/en/stable/messaging.html
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from jupyter_client.session import DELIM, Session
 
 MARK = "\N{END OF TRANSMISSION BLOCK}"
 FLUSH = f"console.log({json.dumps(MARK)}); {json.dumps(MARK)}"
+SHOWN = r'"\x17"'
+"""The mark as Deno shows it when it is a value."""
 UNPARSED = "This cell could not be parsed."
 LIMIT = 10.0
 """Seconds to wait for the marks once their cell was answered: a reader's own `console` may print none."""
@@ -157,8 +160,11 @@ class Kernel:
         if kind == "stream" and MARK in content["text"]:
             self.missing.discard(kind)
             content["text"] = content["text"].replace(f"{MARK}\n", "")
-        elif kind in ("execute_result", "error"):
-            self.missing -= {kind} if kind == "execute_result" else self.missing
+        elif kind == "execute_result" and content["data"].get("text/plain") == SHOWN:
+            self.missing.discard(kind)
+            content = {}
+        elif kind == "error":
+            self.missing.clear()
             content = {}
         if kind not in ("status", "execute_input") and content and content.get("text", "-"):
             self.session.send(self.published, kind, content, parent={"header": self.request}, ident=kind.encode())
