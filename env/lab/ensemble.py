@@ -223,7 +223,8 @@ class Ensemble:
 
     def _last_words(self, name: str) -> str:
         told = (self.folder / f"{name}.log").read_text(errors="replace").splitlines()
-        return next((line for line in told if "Exception" in line), told[-1] if told else "it said nothing")
+        failed = (line for line in told if "Exception" in line and " WARN " not in line)
+        return next(failed, told[-1] if told else "it said nothing")
 
     def _learn(self) -> None:
         """Stop one of each in order, for its AOT cache (https://openjdk.org/jeps/514): a start takes a third of the time with it."""
@@ -287,6 +288,8 @@ def _broker(number: int, address: str, zookeeper: list[str], data: Path) -> dict
         "broker.id": number,
         "zookeeper.connect": ",".join(zookeeper),
         "zookeeper.session.timeout.ms": SESSION_MS,
+        # The session's timeout otherwise: a broker would give up before three servers have started on a slow machine.
+        "zookeeper.connection.timeout.ms": int(PATIENCE * 1000),
         "listeners": f"PLAINTEXT://{address}",
         "log.dirs": data,
         "auto.create.topics.enable": "false",
