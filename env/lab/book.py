@@ -278,9 +278,10 @@ def build_table(env: BuildEnvironment) -> nodes.table:
 
 
 def notebook_table(env: BuildEnvironment) -> nodes.table:
-    """Each notebook: executed in this build and for how long, or when its stored outputs were made and on what."""
+    """Each notebook, in the book's order: executed in this build and for how long, or when its stored outputs were made and on what."""
     rows: list[list[str | nodes.Node]] = []
-    for name in sorted(name for name in env.found_docs if env.doc2path(name).endswith(".ipynb")):
+    chapters = [name for listed in env.toctree_includes.values() for name in listed]
+    for name in (name for name in chapters if env.doc2path(name).endswith(".ipynb")):
         title = nodes.reference(
             "", env.titles[name].astext(), internal=True, refuri=env.app.builder.get_relative_uri("book/this-build", name)
         )
