@@ -22,6 +22,7 @@ from lab.supervise import Supervisor
 
 from ..conftest import PORT, STATE, Lab, until
 
+pytestmark = pytest.mark.slow
 SERVERS = ",".join(f"127.0.0.1:{PORT + number}" for number in range(3))
 PATIENCE = 120
 RECORDS_BEFORE_NEXT = 30
