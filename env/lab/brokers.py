@@ -110,7 +110,7 @@ def programs(state: Path, pods_address: str | None, user: str = "") -> list[Prog
             Program(
                 name=f"broker-{number}",
                 command=java("kafka.Kafka", str(folder / "server.properties"), jvm=(*JVM, *_cached())),
-                environment={"CLASSPATH": JARS.classpath},
+                environment=JARS.environment,
                 user=user,
                 stop_seconds=3,  # An orderly stop takes half a second; the last broker has no quorum to sign off at and would wait for minutes.
             )
@@ -180,7 +180,7 @@ def _rehearse(home: Path) -> None:
     from kafka import KafkaProducer
     from kafka.errors import KafkaError
 
-    environment = {**os.environ, "CLASSPATH": JARS.classpath}
+    environment = os.environ | JARS.environment
     draft = home / "rehearsal"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()

@@ -166,7 +166,7 @@ class Ensemble:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={"CLASSPATH": _jars().classpath},
+                env=_jars().environment,
                 cwd=self.folder,
                 start_new_session=True,
             )

@@ -63,6 +63,11 @@ class Jars:
         """What `java -cp` takes."""
         return os.pathsep.join(str(artifact.cached_path) for artifact in self._artifacts(self.home / "jars"))
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that `java` needs; without a locale of UTF-8 the JVM does not find itself below a folder named `Büch er`."""
+        return {"CLASSPATH": self.classpath, "LC_ALL": "C.UTF-8"}
+
     def fetch(self, report: Callable[[str], None] = lambda line: None) -> bool:
         """Download every jar into a draft of `home`, verify it, and only then give the folder its name; whether anything was to do.
 

@@ -20,13 +20,21 @@ IN_2020 = ("localhost:29192", "localhost:29193", "localhost:29194")
 
 ROUND_TRIP = """
 import sys
+from contextlib import closing, suppress
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.errors import KafkaError
 from lab import wait
 
 servers, name, count = sys.argv[1].split(","), sys.argv[2], int(sys.argv[3])
+
+def whole(server):
+    with suppress(KafkaError), closing(KafkaAdminClient(bootstrap_servers=server, bootstrap_timeout_ms=2000)) as admin:
+        return len(admin.describe_cluster()["brokers"]) == 3
+
+for server in servers:
+    wait(f"{server} to know three brokers", lambda: whole(server), limit=120)
 with KafkaProducer(bootstrap_servers=servers, bootstrap_timeout_ms=120_000, acks="all") as producer:
     with KafkaAdminClient(bootstrap_servers=servers) as admin:
-        wait("three brokers", lambda: len(admin.describe_cluster()["brokers"]) == 3, limit=120)
         if name not in admin.list_topics():
             admin.create_topics({name: {"num_partitions": 6, "replication_factor": 3}}, wait_for_metadata=True)
         [topic] = admin.describe_topics([name])

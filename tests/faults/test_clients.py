@@ -236,8 +236,10 @@ def _insist(call: Callable[[], object]) -> None:
 @pytest.fixture(scope="module")
 def brokers(lab: Lab) -> Iterator[Supervisor]:
     """The three brokers: those of the lab that is up, or brokers alone for as long as it takes."""
-    found = bool(lab.rows())
-    lab.well("up", *([] if found else ["--no-cluster"]))
+    found = "broker-1" in lab.rows()
+    if not found:
+        lab.well("down", "--force")
+        lab.well("up", "--no-cluster")
     yield Supervisor(STATE / "host")
     if not found:
         lab.well("down")

@@ -109,7 +109,7 @@ def test_three_brokers_in_one_quorum_lose_one_and_get_it_back(other_ports, tmp_p
         assert sorted(brokers.standing()) == [1, 2, 3]
         assert list(brokers.standing().values()).count("leads the quorum") == 1
         with KafkaAdminClient(bootstrap_servers=brokers.bootstrap()) as admin:
-            admin.create_topics(["t"])
+            admin.create_topics(["t"], wait_for_metadata=True)
             assert len(admin.describe_topics(["t"])[0]["partitions"][0]["replica_nodes"]) == 3
         supervisor.kill_program("broker-2")
         assert {told["name"]: told["statename"] for told in supervisor.processes()}["broker-2"] == "STOPPED"
