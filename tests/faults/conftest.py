@@ -214,6 +214,12 @@ class Writer:
         return self.acknowledged - read
 
 
+def in_sync(topic: str) -> int:
+    """In how many copies, at least, every partition of a topic is there."""
+    told = AdminClient({"bootstrap.servers": BOOTSTRAP}).list_topics(topic, 30).topics[topic]
+    return min(len(partition.isrs) for partition in told.partitions.values())
+
+
 @pytest.fixture
 def broken(lab: Lab, record_property: Callable[[str, object], None], request: pytest.FixtureRequest) -> Iterator[Broken]:
     """A fresh lab to break; at the end it is taken down, and the machine must be what it was."""

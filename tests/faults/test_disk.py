@@ -20,7 +20,7 @@ from lab.supervise import Supervisor
 
 from ..conftest import STATE
 from ..conftest import until as wait_until
-from .conftest import PATIENCE, Broken, Writer, template, workload
+from .conftest import PATIENCE, Broken, Writer, in_sync, template, workload
 
 until = functools.partial(wait_until, limit=PATIENCE)
 pytestmark = pytest.mark.slow
@@ -168,9 +168,3 @@ def test_a_brokers_disk_is_full(broken: Broken) -> None:
     finally:
         control.kill_program("broker-1")
         subprocess.run(["umount", "--lazy", data], check=False)
-
-
-def in_sync(topic: str) -> int:
-    from .test_kill import in_sync
-
-    return in_sync(topic)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from ..conftest import STATE, until
-from .conftest import PATIENCE, Broken, Writer, kill
+from .conftest import PATIENCE, Broken, Writer, in_sync, kill
 
 until = functools.partial(until, limit=PATIENCE)
 slow = pytest.mark.slow
@@ -158,16 +158,6 @@ def test_two_brokers_are_dead(broken: Broken) -> None:
         seconds,
         f"all {len(writer.acknowledged)} acknowledged messages",
     )
-
-
-def in_sync(topic: str) -> int:
-    """In how many copies, at least, every partition of a topic is there."""
-    from confluent_kafka.admin import AdminClient
-
-    from .conftest import BOOTSTRAP
-
-    told = AdminClient({"bootstrap.servers": BOOTSTRAP}).list_topics(topic, 30).topics[topic]
-    return min(len(partition.isrs) for partition in told.partitions.values())
 
 
 def resolves(broken: Broken) -> bool:
