@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lab import binaries, images, settings
 from lab.errors import BuildFailed, LabError, MissingPrerequisite
-from lab.jars import Jars, java
+from lab.jars import LOCALE, Jars, java
 from lab.report import Report
 
 FOLDER = settings.ENV / "addons"
@@ -64,7 +64,7 @@ class Addon:
     def folder(self) -> Path | None:
         """Where the programs are that a person runs, if it has any."""
         if self.told.get("commands"):
-            parts = [json.dumps(self.told["commands"]), *java("")]
+            parts = [json.dumps(self.told["commands"]), LOCALE, *java("")]
             return self.jars.home / f"bin-{binaries.key_of(part.encode() for part in parts)}"
         return self.module.folder if self.told.get("on_path") else None
 
@@ -151,7 +151,8 @@ def _write_commands(addon: Addon) -> None:
     for name, main in addon.told["commands"].items():
         script = draft / name
         run = shlex.join(java(main, jvm=("-Xmx512m",)))
-        script.write_text(f'#!/bin/sh\nCLASSPATH={shlex.quote(addon.jars.classpath)} exec {run} "$@"\n')
+        variables = shlex.join(f"{name}={value}" for name, value in addon.jars.environment.items())
+        script.write_text(f'#!/bin/sh\nexec env {variables} {run} "$@"\n')
         script.chmod(0o755)
     draft.rename(addon.folder)
 

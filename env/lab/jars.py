@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 LOG4J = "org.apache.logging.log4j:log4j-slf4j-impl:2.25.5!"
 """Where what Java programs of Kafka log goes; the `!` keeps log4j's bill of materials from choosing their versions."""
+LOCALE = "C.UTF-8"
+"""Without a locale of UTF-8 the JVM does not find itself below a folder named `Büch er`."""
 
 
 def java(main: str, *arguments: str, jvm: Sequence[str] = ()) -> tuple[str, ...]:
@@ -65,8 +67,8 @@ class Jars:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that `java` needs; without a locale of UTF-8 the JVM does not find itself below a folder named `Büch er`."""
-        return {"CLASSPATH": self.classpath, "LC_ALL": "C.UTF-8"}
+        """The variables that `java` needs."""
+        return {"CLASSPATH": self.classpath, "LC_ALL": LOCALE}
 
     def fetch(self, report: Callable[[str], None] = lambda line: None) -> bool:
         """Download every jar into a draft of `home`, verify it, and only then give the folder its name; whether anything was to do.
