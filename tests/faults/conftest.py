@@ -101,7 +101,7 @@ class Broken:
         where, _, program = name.rpartition("/")
         if not where:
             return psutil.Process(next(told["pid"] for told in lifecycle.supervisor(STATE).processes() if told["name"] == program))
-        return next(child for child in self.init(where).children() if os.path.basename(child.cmdline()[0]) == program)
+        return next(child for child in self.init(where).children() if os.path.basename((child.cmdline() or [""])[0]) == program)
 
     def in_pods(self, selector: str, namespace: str = "default") -> set[psutil.Process]:
         """The processes of the containers of these Pods, whatever node they are on."""

@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 
 import confluent_kafka
 import kafka
@@ -104,11 +105,16 @@ class KafkaPython(Client):
 
     def _producer(self) -> kafka.KafkaProducer:
         producer = kafka.KafkaProducer(bootstrap_servers=SERVERS, linger_ms=5, transactional_id=self.group)
-        producer.init_transactions()
+        _within(PATIENCE, producer.init_transactions)
         return producer
 
     def pass_on(self) -> None:
-        """Pass on until drained; a transaction that fails is aborted, and its records are read again."""
+        """Pass on until drained; after a transaction that fails, a new producer aborts it, and its records are read again.
+
+        kafka-python 3.0.12 waits for the answer to a transaction's requests without a limit, and now and then none comes
+        when the coordinator has moved meanwhile: only the broker's `transaction.timeout.ms` ends such a transaction. So the
+        limit is this program's.
+        """
         producer = self._producer()
         with kafka.KafkaConsumer(
             self.source,
@@ -126,12 +132,10 @@ class KafkaPython(Client):
                     producer.begin_transaction()
                     sent = [producer.send(self.target, record.value) for records in found.values() for record in records]
                     offsets = {where: OffsetAndMetadata(records[-1].offset + 1, "", -1) for where, records in found.items()}
-                    producer.send_offsets_to_transaction(offsets, consumer.group_metadata())
-                    producer.commit_transaction()
+                    _within(10, producer.send_offsets_to_transaction, offsets, consumer.group_metadata())
+                    _within(10, producer.commit_transaction)
                     self.passed_on += len(sent)
-                except kafka.errors.KafkaError:
-                    with contextlib.suppress(kafka.errors.KafkaError):
-                        producer.abort_transaction()
+                except (kafka.errors.KafkaError, TimeoutError):
                     producer.close(timeout=1)
                     producer = self._producer()
                     for where in consumer.assignment():
@@ -219,6 +223,20 @@ class Confluent(Client):
                     ended.add(message.partition())
         consumer.close()
         return found
+
+
+def _within(seconds: float, call: Callable[..., object], *arguments: object) -> None:
+    """Call, and wait so long for the end; TimeoutError where it does not come."""
+    ended: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(call(*arguments))
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    ended.result(seconds)
 
 
 def _insist(call: Callable[[], object]) -> None:
