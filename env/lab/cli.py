@@ -16,9 +16,6 @@ from lab import settings
 from lab.errors import LabError, NotRunning
 from lab.report import Report
 
-KEPT_FOR_ROOT = ("HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "KUBECONFIG")
-"""What root needs of the person's environment, beside every variable that begins with LAB_."""
-
 
 class Command(click.Group):
     """Turns the lab's own errors into one line on standard error and exit status 1."""
@@ -51,10 +48,9 @@ def _as_root() -> None:
     """Go on as root through sudo, keeping what the lab reads of the environment."""
     if os.geteuid() == 0:
         return
-    kept = [f"{name}={value}" for name, value in os.environ.items() if name in KEPT_FOR_ROOT or name.startswith("LAB_")]
-    cache = [] if "LAB_CACHE" in os.environ else [f"LAB_CACHE={settings.cache()}"]
+    kept = {**settings.environment(), "LAB_CACHE": str(settings.cache()), "PYTHONDONTWRITEBYTECODE": "1"}
     sys.stdout.flush()
-    os.execvp("sudo", ["sudo", "env", "PYTHONDONTWRITEBYTECODE=1", *kept, *cache, sys.executable, "-m", "lab", *sys.argv[1:]])
+    os.execvp("sudo", ["sudo", "env", *(f"{name}={value}" for name, value in kept.items()), sys.executable, "-m", "lab", *sys.argv[1:]])
 
 
 def _brought_along() -> list[str]:

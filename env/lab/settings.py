@@ -39,6 +39,9 @@ SERVICE_CIDR = "10.96.0.0/16"
 DNS_ADDRESS = "10.96.0.10"
 MAX_NODES = 5
 
+READ = ("HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "KUBECONFIG")
+"""What `environment` keeps, beside every variable that begins with LAB_."""
+
 
 def cache() -> Path:
     """The folder that `lab down --purge` empties: binaries, jars, images (`LAB_CACHE` overrides it)."""
@@ -64,6 +67,11 @@ def state() -> Path:
 def owner() -> tuple[int, int]:
     """The user and group id of the person: under sudo, the one who typed it."""
     return int(os.environ.get("SUDO_UID") or os.getuid()), int(os.environ.get("SUDO_GID") or os.getgid())
+
+
+def environment() -> dict[str, str]:
+    """What the lab reads of the person's environment. Beside PATH its processes get nothing else: a TMPDIR or a proxy is not theirs."""
+    return {name: value for name, value in os.environ.items() if name.startswith("LAB_") or name in READ}
 
 
 @dataclass(frozen=True)

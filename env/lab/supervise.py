@@ -18,6 +18,7 @@ from pathlib import Path
 
 from supervisor.xmlrpc import SupervisorTransport
 
+from lab import settings
 from lab.errors import NotRunning, Unhealthy
 
 
@@ -121,15 +122,16 @@ class Supervisor:
         """Start supervisord in a session of its own, with nothing inherited, and wait until it answers.
 
         Args:
-            environment: Variables added to those of this process.
+            environment: Variables added to PATH and `settings.environment()`.
             limit: Seconds to wait.
 
         Raises:
             Unhealthy: It ended, or did not answer in time.
         """
+        inherited = {"PATH": os.environ.get("PATH", os.defpath), **settings.environment()}
         with open(os.devnull, "r+b") as null:
             process = subprocess.Popen(
-                self.command, stdin=null, stdout=null, stderr=null, cwd="/", env={**os.environ, **environment}, start_new_session=True
+                self.command, stdin=null, stdout=null, stderr=null, cwd="/", env=inherited | environment, start_new_session=True
             )
         self.wait_running(limit, alive=lambda: process.poll() is None)
 

@@ -21,7 +21,7 @@ import userland
 from rich.console import Console
 from rich.table import Table
 
-from lab import binaries, cli, cluster, errors, host, lifecycle, settings
+from lab import binaries, cluster, errors, host, lifecycle, settings
 from lab.report import Report
 
 RESULTS = settings.CHECKOUT / "_build" / "conformance"
@@ -78,10 +78,10 @@ def as_root() -> None:
     """Go on as root through sudo, as `lab up` does."""
     if host.is_root():
         return
-    kept = [f"{name}={value}" for name, value in os.environ.items() if name in (*cli.KEPT_FOR_ROOT, "FOCUS") or name.startswith("LAB_")]
-    cache = [] if "LAB_CACHE" in os.environ else [f"LAB_CACHE={settings.cache()}"]
+    kept = {**settings.environment(), "LAB_CACHE": str(settings.cache()), "PYTHONDONTWRITEBYTECODE": "1"}
+    kept |= {"FOCUS": os.environ.get("FOCUS", "")}
     sys.stdout.flush()
-    os.execvp("sudo", ["sudo", "env", "PYTHONDONTWRITEBYTECODE=1", *kept, *cache, sys.executable, *sys.argv])
+    os.execvp("sudo", ["sudo", "env", *(f"{name}={value}" for name, value in kept.items()), sys.executable, *sys.argv])
 
 
 def choose(focus: str) -> tuple[list[specs.Spec], list[specs.LeftOut]]:

@@ -1,3 +1,4 @@
+import os
 import time
 from pathlib import Path
 
@@ -33,6 +34,21 @@ def until(condition) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.fixture
+def persons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment as a person may have it."""
+    for name in ("TMPDIR", "HTTPS_PROXY", "LAB_IMAGES"):
+        monkeypatch.setenv(name, "/the/persons")
+
+
+@pytest.mark.usefixtures("persons")
+def test_programs_get_nothing_of_the_persons_environment_but_what_the_lab_reads(supervisor: Supervisor) -> None:
+    until(lambda: told(supervisor)["sleeper"]["pid"])
+    given = psutil.Process(told(supervisor)["sleeper"]["pid"]).environ()
+    assert not {"TMPDIR", "HTTPS_PROXY"} & set(given)
+    assert (given["LAB_IMAGES"], given["PERCENT"], given["PATH"]) == ("/the/persons", "100%", os.environ["PATH"])
 
 
 def test_programs_start_at_once_and_are_restarted_when_they_die(supervisor: Supervisor) -> None:
