@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 def small(broken: Broken, machine: str, program: str, megabytes: int) -> Iterator[Path]:
     """Move what a machine's component keeps to a file system of that size, seen on that machine alone; where it is on the host."""
     control = Supervisor(STATE / machine / "var" / "supervisor")
-    inside = ["nsenter", f"--target={broken.init(machine).pid}", "--mount", "sh", "-ec"]
+    inside = ["nsenter", f"--target={broken.init(machine).pid}", "--mount", "--pid", "sh", "-ec"]
     control.kill_program(program)
     subprocess.run(
         [*inside, f"mkdir /run/small; mount -t tmpfs -o mode=700,size={megabytes}m small /run/small; cp -a /var/lib/{program}/. /run/small; "
