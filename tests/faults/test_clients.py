@@ -266,6 +266,7 @@ def _insist(call: Callable[[], object]) -> None:
         except confluent_kafka.KafkaException as error:
             if not error.args[0].retriable() or time.monotonic() > end:
                 raise
+            time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
