@@ -107,13 +107,16 @@ def libraries(programs: Iterable[Path]) -> dict[str, Path]:
     return {found.lstrip("/"): Path(found).resolve() for found in re.findall(r"(/\S+) \(0x", told)}
 
 
-def _python() -> bytes:
-    """A layer with this interpreter, its standard library and their shared libraries, at /usr/local."""
+def _python(scratch: Path) -> bytes:
+    """A layer with this interpreter, its standard library and their shared libraries, at /usr/local.
+
+    Args:
+        scratch: A file to write to.
+    """
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     library = Path(sysconfig.get_path("stdlib"))
     interpreter = Path(sys.executable).resolve()
     files: dict[str, Path | bytes] = {"usr/local/bin/python3": interpreter}
-    scratch = Path(os.environ.get("TMPDIR", "/tmp")) / f"lab-{os.getpid()}.pyc"
     for folder, subfolders, names in os.walk(library):
         subfolders[:] = [sub for sub in subfolders if sub not in LEFT_OUT and not sub.startswith("config-")]
         for one in names:
@@ -233,7 +236,7 @@ def demo_archive(report: Report) -> Path:
     def write() -> None:
         base = settings.cache() / f"python-{binaries.key_of([*INTERPRETER, Path(__file__).read_bytes()])}.tar.gz"
         if not base.exists():
-            base.with_suffix(".new").write_bytes(gzip.compress(_python(), 1, mtime=0))
+            base.with_suffix(".new").write_bytes(gzip.compress(_python(base.with_suffix(".pyc")), 1, mtime=0))
             base.with_suffix(".new").replace(base)
             for old in base.parent.glob("python-*.tar.gz"):
                 if old != base:
