@@ -34,7 +34,13 @@ def check(claim: str, holds: object, found: object = "") -> None:
     print(f"✓ {claim}")
 
 
-def wait(what: str, condition: Callable[[], T], limit: float = 60.0, every: float = 0.1) -> T:
+def wait(
+    what: str,
+    condition: Callable[[], T],
+    limit: float = 60.0,
+    every: float = 0.1,
+    despite: type[Exception] | tuple[type[Exception], ...] = (),
+) -> T:
     """Wait until a condition holds and return what it returned.
 
     Args:
@@ -42,6 +48,7 @@ def wait(what: str, condition: Callable[[], T], limit: float = 60.0, every: floa
         condition: Called until it returns something true.
         limit: Seconds to wait at most.
         every: Seconds between two calls.
+        despite: Errors of the condition that mean "not yet".
 
     Raises:
         LabError: The condition is not a function.
@@ -51,12 +58,17 @@ def wait(what: str, condition: Callable[[], T], limit: float = 60.0, every: floa
         raise LabError(f"Cannot wait for {what}: {condition!r} is not a function.", "Write lab.wait(what, lambda: …, limit=seconds).")
     end = time.monotonic() + limit
     while True:
-        found = condition()
-        if found:
-            return found
+        try:
+            found = condition()
+        except despite as error:
+            seen = error
+        else:
+            if found:
+                return found
+            seen = found
         if time.monotonic() > end:
             raise TimedOut(
-                f"Waited {limit:.0f} s for {what}; it did not come (last seen: {found!r}).",
+                f"Waited {limit:.0f} s for {what}; it did not come (last seen: {seen!r}).",
                 "Look at the cluster with `lab status`, then run the cell again.",
             )
         time.sleep(every)

@@ -20,6 +20,15 @@ def test_waiting_ends_with_what_was_found_or_names_what_did_not_come() -> None:
         lab.wait("the leader to move", list, limit=0.05, every=0.01)
 
 
+def test_waiting_takes_some_errors_for_not_yet() -> None:
+    answers = iter([0, 1])
+    assert lab.wait("a quotient", lambda: 1 / next(answers), limit=5, every=0.01, despite=ZeroDivisionError) == 1
+    with pytest.raises(lab.TimedOut, match=r"last seen: ZeroDivisionError\('division by zero'\)"):
+        lab.wait("a quotient", lambda: 1 / 0, limit=0.05, every=0.01, despite=(ZeroDivisionError, KeyError))
+    with pytest.raises(ZeroDivisionError):
+        lab.wait("a quotient", lambda: 1 / 0, limit=5, despite=KeyError)
+
+
 @pytest.mark.parametrize("name", ["", "Über", "a" * 41, "-a", "a-", "a_b"])
 def test_a_lesson_is_named_as_a_namespace_can_be(name: str) -> None:
     with pytest.raises(lab.LabError, match="cannot name a lesson"):
