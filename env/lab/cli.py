@@ -44,13 +44,19 @@ def main() -> None:
     os.environ["PATH"] = os.pathsep.join(dict.fromkeys([*os.environ.get("PATH", "").split(os.pathsep), *settings.ADMIN_PATH]))
 
 
-def _as_root() -> None:
-    """Go on as root through sudo, keeping what the lab reads of the environment."""
+def as_root(*program: str, **variables: str) -> None:
+    """Go on as root through sudo, keeping what the lab reads of the environment.
+
+    Args:
+        program: What the interpreter runs; this command if nothing is named.
+        variables: What else to keep.
+    """
     if os.geteuid() == 0:
         return
-    kept = {**settings.environment(), "LAB_CACHE": str(settings.cache()), "PYTHONDONTWRITEBYTECODE": "1"}
+    kept = {**settings.environment(), "LAB_CACHE": str(settings.cache()), "PYTHONDONTWRITEBYTECODE": "1", **variables}
+    program = program or ("-m", "lab", *sys.argv[1:])
     sys.stdout.flush()
-    os.execvp("sudo", ["sudo", "env", *(f"{name}={value}" for name, value in kept.items()), sys.executable, "-m", "lab", *sys.argv[1:]])
+    os.execvp("sudo", ["sudo", "env", *(f"{name}={value}" for name, value in kept.items()), sys.executable, *program])
 
 
 def _brought_along() -> list[str]:
@@ -88,7 +94,7 @@ def up(nodes: int | None, no_cluster: bool, no_brokers: bool) -> None:
         if not host.is_root():
             lifecycle.refuse_if_held()
             lifecycle.prepare(report, with_cluster=True, with_brokers=with_brokers)
-            _as_root()
+            as_root()
     lab = lifecycle.up(report, nodes=nodes, with_cluster=with_cluster, with_brokers=with_brokers)
     if lab.kubeconfig:
         report(f"Kubernetes {settings.KUBERNETES}: {lab.kubeconfig} (`lab kubectl get nodes`)")
@@ -104,7 +110,7 @@ def down(purge: bool, force: bool) -> None:
     from lab import lifecycle
 
     if _root_lab() or (purge and any(settings.cache().glob("store-*"))):
-        _as_root()
+        as_root()
     lifecycle.down(Report(), purge=purge, force=force)
 
 
@@ -229,7 +235,7 @@ def addon(names: tuple[str, ...]) -> None:
             provision.up(Report(), names)
             return
         addons.prepare(Report(), addons.named(names))
-        _as_root()
+        as_root()
     provision.up(Report(), names)
 
 
@@ -253,7 +259,7 @@ def bench(runs: int) -> None:
     """Measure starting, stopping and idling, and print the medians."""
     from lab import bench as measured
 
-    _as_root()
+    as_root()
     measured.run(runs, Console())
 
 

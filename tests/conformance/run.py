@@ -21,7 +21,7 @@ import userland
 from rich.console import Console
 from rich.table import Table
 
-from lab import binaries, cluster, errors, host, lifecycle, settings
+from lab import binaries, cli, cluster, errors, host, lifecycle, settings
 from lab.report import Report
 
 RESULTS = settings.CHECKOUT / "_build" / "conformance"
@@ -62,7 +62,7 @@ def main() -> int:
             return 0
         if not chosen:
             raise errors.LabError(f"No spec fits {told.focus!r}.", "`--list` names them.")
-        as_root()
+        cli.as_root(*sys.argv, FOCUS=os.environ.get("FOCUS", ""))
         with running(report) as lab, carrying(report, lab, archive), unchanged(report, lab):
             ran = run(report, lab, chosen, told.procs, told.limit)
     except errors.LabError as error:
@@ -72,16 +72,6 @@ def main() -> int:
         print("lab: interrupted.", file=sys.stderr)
         return 130
     return tell(ran, left_out, len(chosen))
-
-
-def as_root() -> None:
-    """Go on as root through sudo, as `lab up` does."""
-    if host.is_root():
-        return
-    kept = {**settings.environment(), "LAB_CACHE": str(settings.cache()), "PYTHONDONTWRITEBYTECODE": "1"}
-    kept |= {"FOCUS": os.environ.get("FOCUS", "")}
-    sys.stdout.flush()
-    os.execvp("sudo", ["sudo", "env", *(f"{name}={value}" for name, value in kept.items()), sys.executable, *sys.argv])
 
 
 def choose(focus: str) -> tuple[list[specs.Spec], list[specs.LeftOut]]:
